@@ -1,0 +1,32 @@
+"""The only reader of the process environment."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchEnv:
+    """What torchrun or Slurm told this process about itself."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    restart_count: int
+    launched: bool
+    """Whether a launcher set the rank variables, so a process group must be formed."""
+
+
+def read_launch_env() -> LaunchEnv:
+    """Read the rank variables that torchrun sets; without them this is one process of one."""
+    return LaunchEnv(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        launched="RANK" in os.environ and "MASTER_ADDR" in os.environ,
+    )
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment with ``changes``, for a child process."""
+    return {**os.environ, **changes}
