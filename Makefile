@@ -1,0 +1,50 @@
+# make setup   a virtual environment with everything, CPU build of torch, pinned
+# make demo    the whole job at tiny scale: data, VAE, curriculum, samples, report
+# make test    all tests that need no GPU
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint types arch test-gpu docs ci bench-all
+
+setup: $(STAMP)
+
+# torch goes first and alone: asked for by another package, pip would fetch the CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,docs]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/hunyuan-train demo run.dir=runs/demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not multigpu" $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m "gpu or multigpu" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/basedpyright
+
+arch: $(STAMP)
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/architecture
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W docs docs/_build/html
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+
+bench-all: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py))
+
+ci:
+	bash .ci/run

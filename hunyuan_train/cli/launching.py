@@ -1,0 +1,35 @@
+"""What every verb does first: compose the config, join the world, set up logging."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from hunyuan_train.config.compose import compose_config, config_text
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.observability.logging import setup_logging
+from hunyuan_train.runtime.dist import World, close_world, init_world
+
+SHOW = "--show"
+
+
+def composed(argv: Sequence[str]) -> RunConfig | None:
+    """Compose the config from overrides; with ``--show`` print it and return ``None``."""
+    cfg = compose_config([argument for argument in argv if argument != SHOW])
+    if SHOW in argv:
+        print(config_text(cfg), end="")
+        return None
+    return cfg
+
+
+@contextmanager
+def joined_world(cfg: RunConfig) -> Iterator[World]:
+    """Join the other processes of the run for the body of a ``with`` statement."""
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    world = init_world(cfg.run.device, cfg.parallel.timeout_s)
+    setup_logging(world.rank)
+    try:
+        yield world
+    finally:
+        close_world()

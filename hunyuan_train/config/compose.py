@@ -1,0 +1,157 @@
+"""The only code that knows Hydra and OmegaConf: overrides in, checked dataclasses out."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hunyuan_train.config.checks import check_all
+from hunyuan_train.config.root import RunConfig
+
+CONFIG_NAME = "config.yaml"
+
+
+def conf_folder() -> Path:
+    """Return the folder of the shipped YAML files, in a checkout or in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"the conf folder is missing beside {package}; install hunyuan_train again")
+
+
+def stage_names() -> list[str]:
+    """Return the names of the shipped stages."""
+    return sorted(path.stem for path in (conf_folder() / "stage").glob("*.yaml"))
+
+
+def compose_config(overrides: Sequence[str] = (), config_name: str = "train") -> RunConfig:
+    """Compose the shipped defaults with ``overrides`` (``section.field=value``, ``group=name``).
+
+    Raises:
+        ValueError: naming every problem found, one line each.
+    """
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            composed = compose(config_name=config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error)) from error
+    return _to_dataclasses(composed)
+
+
+def save_config(cfg: RunConfig, path: Path) -> None:
+    """Write ``cfg`` as YAML, through a temporary file so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config_text(cfg))
+    temporary.replace(path)
+
+
+def config_text(cfg: RunConfig) -> str:
+    """Return ``cfg`` as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_dict(cfg)))
+
+
+def config_dict(cfg: Any) -> dict[str, Any]:
+    """Return ``cfg`` (a whole config or one section) as plain nested dictionaries."""
+    return dataclasses.asdict(cfg)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a config that :func:`save_config` wrote.
+
+    Raises:
+        ValueError: if the file is missing or holds unknown or ill-typed fields.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give run.dir the folder of a run")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return _to_dataclasses(merged)
+
+
+def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return one line ``path: old -> new`` per field in which two configs differ."""
+    left, right = _flatten(config_dict(old)), _flatten(config_dict(new))
+    return [
+        f"{key}: {left.get(key)} -> {right.get(key)}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _to_dataclasses(composed: DictConfig) -> RunConfig:
+    """Build every section, collecting the complaints of all of them before raising."""
+    sections: dict[str, Any] = {}
+    problems: list[str] = []
+    for name in composed:
+        try:
+            sections[str(name)] = OmegaConf.to_object(composed[name])
+        except ValueError as error:  # OmegaConf's own errors are ValueErrors too
+            problems.append(_explain(error))
+        except OmegaConfBaseException as error:
+            problems.append(_explain(error))
+    if not problems:
+        cfg = RunConfig(**sections)
+        problems = check_all(cfg)
+        if not problems:
+            return cfg
+    raise ValueError("\n".join(problems))
+
+
+def _explain(error: BaseException) -> str:
+    """Turn a Hydra or OmegaConf error into one sentence that names the field and the fix."""
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    text = str(cause)
+    if found := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'|Key '([^']+)' is not in struct", text):
+        return _unknown_key(found.group(1) or found.group(3), text)
+    key = getattr(cause, "full_key", None) or ""
+    first = text.strip().splitlines()[0]
+    if key and "could not be converted" in text or "Invalid type" in text:
+        return f"{key}: {first[0].lower()}{first[1:]}"
+    if found := re.search(r"Could not find '([^']+)'", text):
+        group, _, name = found.group(1).rpartition("/")
+        options = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        return f"{group}={name} does not exist; choose from {' '.join(options)}"
+    return first
+
+
+def _unknown_key(key: str, text: str) -> str:
+    full = re.search(r"full_key: (\S+)", text)
+    path = full.group(1) if full else key
+    known = sorted(_known_paths())
+    close = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; see conf/ for the known fields"
+    return f"{path} is not a field of the config{hint}"
+
+
+def _known_paths() -> list[str]:
+    paths = []
+    for section in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(section.type):
+            paths += [f"{section.name}.{field.name}" for field in dataclasses.fields(section.type)]
+    return paths

@@ -1,0 +1,38 @@
+"""The whole configuration of a run: one dataclass per section, each owned by its package."""
+
+from dataclasses import dataclass, field
+
+from hunyuan_train.checkpoint.config import CheckpointConfig
+from hunyuan_train.config.run import CurriculumConfig, RunSection, StageConfig
+from hunyuan_train.data.config import DataConfig
+from hunyuan_train.encoders.config import TextEncoderConfig
+from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.vae.config import VaeConfig
+from hunyuan_train.objectives.config import FlowMatchingConfig
+from hunyuan_train.objectives.vae_config import VaeTrainingConfig
+from hunyuan_train.observability.config import LoggingConfig
+from hunyuan_train.optim.config import OptimizerConfig
+from hunyuan_train.parallel.config import ParallelConfig
+from hunyuan_train.resilience.config import ResilienceConfig
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: HunyuanConfig
+    vae: VaeConfig
+    vae_training: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
+    text: TextEncoderConfig
+    data: DataConfig
+    objective: FlowMatchingConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    resilience: ResilienceConfig
+    logging: LoggingConfig
+    sample: SampleConfig
+    stage: StageConfig = field(default_factory=StageConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)

@@ -1,0 +1,67 @@
+"""Sections that belong to the run as a whole: where it lives, its stage, its curriculum."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSection:
+    """Identity and place of a run."""
+
+    name: str = "run"
+    """Name shown in logs and trackers."""
+
+    dir: str = "runs/default"
+    """Folder of everything the run writes: config, metrics, checkpoints, samples, report."""
+
+    seed: int = 0
+    """Seed of every keyed random draw."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    vae: str = ""
+    """Folder of the VAE: config.json and model.safetensors. Needed to precompute and to sample."""
+
+    threads: int = 0
+    """Threads torch may use in this process; 0 keeps torch's own choice."""
+
+    accept_changes: bool = False
+    """Go on in run.dir although its config differs from this one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """One training stage: how long, on how much at once, and from where."""
+
+    name: str = "stage"
+    """Name of the stage, also the name of its folder in a curriculum."""
+
+    steps: int = 1000
+    """Optimizer updates in the stage."""
+
+    micro_steps: int = 1
+    """Micro-batches each rank accumulates into one update."""
+
+    init_from: str = ""
+    """Checkpoint folder whose weights and EMA the stage starts from; empty starts from scratch."""
+
+    def __post_init__(self) -> None:
+        """Check single fields.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("steps", "micro_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class CurriculumConfig:
+    """Stages run one after the other, each from the weights and EMA of the one before."""
+
+    name: str = ""
+    """Name of the curriculum; empty when there is none."""
+
+    stages: list[str] = field(default_factory=list)
+    """Names of files in conf/stage, in the order they run."""

@@ -1,0 +1,86 @@
+"""The training loop of one stage, on one screen."""
+
+import enum
+import logging
+import time
+from pathlib import Path
+
+from hunyuan_train.config.compose import (
+    CONFIG_NAME,
+    config_difference,
+    load_config,
+    save_config,
+)
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.engine.build import TrainRun, build_run
+from hunyuan_train.engine.meter import StepMeter
+from hunyuan_train.engine.step import train_step
+from hunyuan_train.resilience.preemption import Preemption
+from hunyuan_train.runtime.dist import World, barrier
+from hunyuan_train.runtime.device import synchronize
+
+log = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = ("run.device", "run.threads", "run.accept_changes", "logging.", "checkpoint.", "resilience.", "sample.")
+"""Fields a resumed run may change: they do not touch the numbers it computes."""
+
+
+class Outcome(enum.Enum):
+    """How a stage ended."""
+
+    DONE = "done"
+    PREEMPTED = "preempted"
+
+
+def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
+    """Train one stage to its end, from wherever the run's folder says it stopped.
+
+    Raises:
+        ValueError: for a config, data or checkpoint the run cannot go on with.
+    """
+    claim_folder(cfg, world)
+    run = build_run(cfg, world)
+    state = run.state
+    with StepMeter(run) as meter:
+        while state.step < cfg.stage.steps:
+            started = time.perf_counter()
+            batches = state.loader.next_step(cfg.stage.micro_steps)
+            waited = time.perf_counter() - started
+            metrics = train_step(state, batches, cfg, world)
+            meter.add(metrics, waited, time.perf_counter() - started)
+            if state.step % cfg.logging.every == 0 or state.step == cfg.stage.steps:
+                synchronize(world.device)
+                meter.emit()
+            stop = preemption.requested()
+            last = state.step == cfg.stage.steps
+            if stop or last or state.step % cfg.checkpoint.every == 0:
+                run.checkpoints.save(state.step, state.tensors(), state.counters())
+            if stop and not last:
+                log.warning("stopped by a signal at step %d; the same command goes on", state.step)
+                return Outcome.PREEMPTED
+    return Outcome.DONE
+
+
+def claim_folder(cfg: RunConfig, world: World) -> None:
+    """Write the run's config on the first start; on a restart, refuse a config that differs.
+
+    Raises:
+        ValueError: listing each field that differs, unless ``run.accept_changes`` is set.
+    """
+    path = Path(cfg.run.dir) / CONFIG_NAME
+    if path.is_file():
+        changes = [
+            line
+            for line in config_difference(load_config(path), cfg)
+            if not line.startswith(FREE_TO_CHANGE)
+        ]
+        if changes and not cfg.run.accept_changes:
+            raise ValueError(
+                f"{path} is the config of another run:\n  "
+                + "\n  ".join(changes)
+                + "\nuse a new run.dir, or run.accept_changes=true to go on with these changes"
+            )
+    barrier()
+    if world.rank == 0:
+        save_config(cfg, path)
+    barrier()
