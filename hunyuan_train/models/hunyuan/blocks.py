@@ -1,0 +1,126 @@
+"""The two kinds of transformer block: double-stream and single-stream.
+
+Attribute names are the released checkpoint's keys, so a state dict needs no renaming.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hunyuan_train.models.attention import AttentionCore, SdpaCore
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.layers import NORM_EPS, Mlp, Modulation, gated_add, modulated_norm
+from hunyuan_train.models.rope import Rope, apply_rope
+from hunyuan_train.models.shapes import (
+    Heads,
+    ImgTokens,
+    JointTokens,
+    KeyMask,
+    TxtTokens,
+    Vec,
+)
+
+
+def split_heads(qkv: JointTokens, head_dim: int) -> tuple[Heads, Heads, Heads]:
+    """Cut [B, S, 3*A*E] into q, k, v [B, S, A, E]: all q rows first, head-major inside each.
+
+    The number of heads is inferred, so a column shard of the projection works unchanged.
+    """
+    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
+    return q, k, v
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text tokens with their own weights, attending jointly (MM-DiT).
+
+    Source: HunyuanVideo (arXiv 2412.03603), section 4.2; Esser et al. 2024, figure 2.
+    """
+
+    def __init__(self, cfg: HunyuanConfig) -> None:
+        super().__init__()
+        hidden, self.head_dim = cfg.hidden_size, cfg.head_dim
+        self.img_mod = Modulation(hidden, triples=2)
+        self.img_attn_qkv = nn.Linear(hidden, 3 * hidden)
+        self.img_attn_q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.img_attn_k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.img_attn_proj = nn.Linear(hidden, hidden)
+        self.img_mlp = Mlp(hidden, cfg.mlp_size, "gelu")
+        self.txt_mod = Modulation(hidden, triples=2)
+        self.txt_attn_qkv = nn.Linear(hidden, 3 * hidden)
+        self.txt_attn_q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.txt_attn_k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.txt_attn_proj = nn.Linear(hidden, hidden)
+        self.txt_mlp = Mlp(hidden, cfg.mlp_size, "gelu")
+        self.core: AttentionCore = SdpaCore()
+
+    def forward(
+        self, img: ImgTokens, txt: TxtTokens, vec: Vec, rope: Rope, key_mask: KeyMask | None
+    ) -> tuple[ImgTokens, TxtTokens]:
+        """Update both streams.
+
+        Args:
+            img: [B, N, D].
+            txt: [B, L, D].
+            vec: conditioning [B, D].
+            rope: table of N + L rows, the last L unrotated.
+            key_mask: [B, N + L], True for real tokens, or None.
+
+        Returns:
+            Both streams, shapes unchanged.
+        """
+        img_attn_mod, img_mlp_mod = self.img_mod(vec)
+        txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
+
+        x = modulated_norm(img, img_attn_mod.shift, img_attn_mod.scale)
+        img_q, img_k, img_v = split_heads(self.img_attn_qkv(x), self.head_dim)
+        x = modulated_norm(txt, txt_attn_mod.shift, txt_attn_mod.scale)
+        txt_q, txt_k, txt_v = split_heads(self.txt_attn_qkv(x), self.head_dim)
+
+        q = torch.cat([self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)], dim=1)
+        k = torch.cat([self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)], dim=1)
+        v = torch.cat([img_v, txt_v], dim=1)
+        q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
+        merged = self.core(q, k, v, key_mask)
+        img_out, txt_out = merged.split([img.shape[1], txt.shape[1]], dim=1)
+
+        img = gated_add(img, img_attn_mod.gate, self.img_attn_proj(img_out))
+        x = modulated_norm(img, img_mlp_mod.shift, img_mlp_mod.scale)
+        img = gated_add(img, img_mlp_mod.gate, self.img_mlp(x))
+
+        txt = gated_add(txt, txt_attn_mod.gate, self.txt_attn_proj(txt_out))
+        x = modulated_norm(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)
+        txt = gated_add(txt, txt_mlp_mod.gate, self.txt_mlp(x))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """One set of weights over the joint sequence; attention and MLP side by side.
+
+    ``linear1`` makes q, k, v and the MLP input, ``linear2`` takes (attention, MLP) in that order.
+    Source: HunyuanVideo (arXiv 2412.03603), section 4.2; parallel layers, Dehghani et al. 2023.
+    """
+
+    def __init__(self, cfg: HunyuanConfig) -> None:
+        super().__init__()
+        hidden, self.head_dim = cfg.hidden_size, cfg.head_dim
+        self.qkv_features, self.mlp_features = 3 * hidden, cfg.mlp_size
+        self.modulation = Modulation(hidden, triples=1)
+        self.linear1 = nn.Linear(hidden, self.qkv_features + self.mlp_features)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.linear2 = nn.Linear(hidden + self.mlp_features, hidden)
+        self.core: AttentionCore = SdpaCore()
+
+    def forward(
+        self, x: JointTokens, vec: Vec, rope: Rope, key_mask: KeyMask | None
+    ) -> JointTokens:
+        """Update the joint tokens [B, N + L, D], image tokens first."""
+        (mod,) = self.modulation(vec)
+        hidden = self.linear1(modulated_norm(x, mod.shift, mod.scale))
+        qkv, mlp = hidden.split([self.qkv_features, self.mlp_features], dim=-1)
+        q, k, v = split_heads(qkv, self.head_dim)
+        q = apply_rope(self.q_norm(q), rope).to(v.dtype)
+        k = apply_rope(self.k_norm(k), rope).to(v.dtype)
+        merged = self.core(q, k, v, key_mask)
+        out = self.linear2(torch.cat([merged, functional.gelu(mlp, approximate="tanh")], dim=-1))
+        return gated_add(x, mod.gate, out)

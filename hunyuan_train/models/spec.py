@@ -1,0 +1,70 @@
+"""What a model says about itself, as data: how it is sharded and how it is initialised.
+
+A model is single-device code. Everything that spreads it over devices reads these records instead
+of knowing the model's classes.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardingPlan:
+    """How a model may be spread over devices."""
+
+    units: tuple[str, ...]
+    """Names of the repeated submodules, in execution order: each is gathered, run and released on
+    its own by ZeRO, and is the unit of recomputation and compilation. Parameters outside every
+    unit belong to the root."""
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """Return the unit modules of ``model``, in execution order."""
+        return [model.get_submodule(name) for name in self.units]
+
+
+class InitKind(StrEnum):
+    """Distribution of a freshly initialised parameter."""
+
+    ZEROS = "zeros"
+    ONES = "ones"
+    NORMAL = "normal"
+    UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class InitRule:
+    """Initial value of one parameter: a constant, N(0, scale^2) or U(-scale, scale)."""
+
+    kind: InitKind
+    scale: float = 0.0
+
+    @torch.no_grad()
+    def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
+        """Overwrite ``tensor`` in place; ``generator`` must live on the tensor's device."""
+        match self.kind:
+            case InitKind.ZEROS:
+                tensor.zero_()
+            case InitKind.ONES:
+                tensor.fill_(1.0)
+            case InitKind.NORMAL:
+                tensor.normal_(0.0, self.scale, generator=generator)
+            case InitKind.UNIFORM:
+                tensor.uniform_(-self.scale, self.scale, generator=generator)
+
+
+ZEROS = InitRule(InitKind.ZEROS)
+ONES = InitRule(InitKind.ONES)
+
+
+def fan_in_uniform(fan_in: int) -> InitRule:
+    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the framework default of linear layers."""
+    return InitRule(InitKind.UNIFORM, 1.0 / math.sqrt(fan_in))
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> InitRule:
+    """Return U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
+    return InitRule(InitKind.UNIFORM, math.sqrt(6.0 / (fan_in + fan_out)))
