@@ -1,0 +1,46 @@
+"""The flow-matching loss as a sum and a token count.
+
+Buckets differ in tokens and ranks in buckets, so a mean of means would weight tokens unequally.
+Sums and counts add up over micro-batches and ranks; whoever holds the global count divides once.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PATCH_CELLS = 4
+"""Latent positions per token: the model's patch is 1 x 2 x 2 (frames, height, width)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSum:
+    """A loss that has not been divided yet."""
+
+    sum: Tensor
+    """Scalar float32: mean squared error of each token, summed over tokens."""
+    count: int
+    """Latent tokens in the sum."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean squared error per element of this micro-batch alone, scalar float32."""
+        return self.sum / self.count
+
+
+def flow_matching_loss(pred: Tensor, target: Tensor) -> LossSum:
+    """Compare predicted and true velocity without any weighting over sigma.
+
+    Args:
+        pred: [B, C, T, H, W] in any precision; H and W even.
+        target: same shape.
+
+    Returns:
+        Sum over tokens of the mean squared error over the token's C * 4 values, in float32.
+    """
+    assert pred.shape == target.shape, (pred.shape, target.shape)
+    batch, channels, frames, height, width = pred.shape
+    squared = (pred.float() - target.float()).square()
+    return LossSum(
+        sum=squared.sum() / (channels * PATCH_CELLS),
+        count=batch * frames * height * width // PATCH_CELLS,
+    )
