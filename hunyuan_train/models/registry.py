@@ -1,14 +1,24 @@
-"""Construct a diffusion transformer from its config section."""
+"""Find a diffusion transformer by the ``kind`` of its config section."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.models.hunyuan.sharding import hunyuan_sharding_plan
+from hunyuan_train.models.spec import ShardingPlan
 
-BUILDERS: dict[str, Callable[[Any], nn.Module]] = {"hunyuan": HunyuanVideo}
+
+class ModelEntry(NamedTuple):
+    """What the registry knows of a model: functions of its config section."""
+
+    build: Callable[[Any], nn.Module]
+    sharding_plan: Callable[[Any], ShardingPlan]
+
+
+MODELS = {"hunyuan": ModelEntry(HunyuanVideo, hunyuan_sharding_plan)}
 
 
 def build_model(cfg: HunyuanConfig) -> nn.Module:
@@ -17,6 +27,19 @@ def build_model(cfg: HunyuanConfig) -> nn.Module:
     Raises:
         ValueError: no model is registered under ``cfg.kind``.
     """
-    if cfg.kind not in BUILDERS:
-        raise ValueError(f"model.kind={cfg.kind!r} is unknown; choose from {' '.join(BUILDERS)}")
-    return BUILDERS[cfg.kind](cfg)
+    return _entry(cfg.kind).build(cfg)
+
+
+def sharding_plan(cfg: HunyuanConfig) -> ShardingPlan:
+    """Return how the model of ``cfg`` may be spread over devices.
+
+    Raises:
+        ValueError: no model is registered under ``cfg.kind``.
+    """
+    return _entry(cfg.kind).sharding_plan(cfg)
+
+
+def _entry(kind: str) -> ModelEntry:
+    if kind not in MODELS:
+        raise ValueError(f"model.kind={kind!r} is unknown; choose from {' '.join(MODELS)}")
+    return MODELS[kind]
