@@ -68,3 +68,43 @@ def fan_in_uniform(fan_in: int) -> InitRule:
 def xavier_uniform(fan_in: int, fan_out: int) -> InitRule:
     """Return U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
     return InitRule(InitKind.UNIFORM, math.sqrt(6.0 / (fan_in + fan_out)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyLink:
+    """One tensor of ours and the same numbers in the diffusers layout."""
+
+    ours: str
+    """Our key, which is also the officially released one."""
+    shape: tuple[int, ...]
+    """Our shape."""
+    diffusers: tuple[str, ...]
+    """The diffusers keys whose tensors, stacked on dim 0, are ours."""
+    rows: tuple[int, ...]
+    """How many rows of dim 0 each of them has."""
+    swap_halves: bool = False
+    """Whether diffusers has the two halves of dim 0 in the opposite order."""
+
+    def diffusers_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shape of each diffusers tensor."""
+        return [(rows, *self.shape[1:]) for rows in self.rows]
+
+    def to_diffusers(self, ours: Tensor) -> list[Tensor]:
+        """Cut our tensor into the diffusers tensors; views, unless halves are swapped."""
+        return list((swapped_halves(ours) if self.swap_halves else ours).split(self.rows))
+
+    def from_diffusers(self, parts: list[Tensor]) -> Tensor:
+        """Stack the diffusers tensors into ours."""
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return swapped_halves(joined) if self.swap_halves else joined
+
+
+def swapped_halves(tensor: Tensor) -> Tensor:
+    """Exchange the first and the second half of dim 0."""
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
+
+
+def identity_link(key: str, shape: tuple[int, ...]) -> KeyLink:
+    """Return the link of a tensor that has the same name everywhere."""
+    return KeyLink(ours=key, shape=shape, diffusers=(key,), rows=shape[:1])

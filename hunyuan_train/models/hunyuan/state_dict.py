@@ -1,0 +1,144 @@
+"""Names and shapes of HunyuanVideo's tensors in the official, our and the diffusers layout.
+
+Ours is the official layout once its wrappers are gone. The diffusers layout differs in names, keeps
+q, k, v (and the MLP input of a single block) as separate linears, and has the modulation of the
+final norm as (scale, shift) where ours is (shift, scale).
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.models.spec import KeyLink
+
+_DOUBLE, _SINGLE = "double_blocks.{}.", "single_blocks.{}."
+_THEIR_DOUBLE, _THEIR_SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+_REFINER = "txt_in.individual_token_refiner.blocks.{}."
+_THEIR_REFINER = "context_embedder.token_refiner.refiner_blocks.{}."
+_CONTEXT_EMBED = "context_embedder.time_text_embed."
+
+# Our module path (block index as {}) -> the diffusers modules holding it, stacked in this order.
+MODULES: dict[str, tuple[str, ...]] = {
+    "img_in.proj": ("x_embedder.proj",),
+    "txt_in.input_embedder": ("context_embedder.proj_in",),
+    "txt_in.t_embedder.mlp.0": (_CONTEXT_EMBED + "timestep_embedder.linear_1",),
+    "txt_in.t_embedder.mlp.2": (_CONTEXT_EMBED + "timestep_embedder.linear_2",),
+    "txt_in.c_embedder.linear_1": (_CONTEXT_EMBED + "text_embedder.linear_1",),
+    "txt_in.c_embedder.linear_2": (_CONTEXT_EMBED + "text_embedder.linear_2",),
+    _REFINER + "norm1": (_THEIR_REFINER + "norm1",),
+    _REFINER + "norm2": (_THEIR_REFINER + "norm2",),
+    _REFINER + "self_attn_qkv": tuple(_THEIR_REFINER + f"attn.to_{c}" for c in "qkv"),
+    _REFINER + "self_attn_proj": (_THEIR_REFINER + "attn.to_out.0",),
+    _REFINER + "mlp.fc1": (_THEIR_REFINER + "ff.net.0.proj",),
+    _REFINER + "mlp.fc2": (_THEIR_REFINER + "ff.net.2",),
+    _REFINER + "adaLN_modulation.1": (_THEIR_REFINER + "norm_out.linear",),
+    "time_in.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.mlp.0": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.mlp.2": ("time_text_embed.guidance_embedder.linear_2",),
+    _DOUBLE + "img_mod.linear": (_THEIR_DOUBLE + "norm1.linear",),
+    _DOUBLE + "txt_mod.linear": (_THEIR_DOUBLE + "norm1_context.linear",),
+    _DOUBLE + "img_attn_qkv": tuple(_THEIR_DOUBLE + f"attn.to_{c}" for c in "qkv"),
+    _DOUBLE + "txt_attn_qkv": tuple(_THEIR_DOUBLE + f"attn.add_{c}_proj" for c in "qkv"),
+    _DOUBLE + "img_attn_q_norm": (_THEIR_DOUBLE + "attn.norm_q",),
+    _DOUBLE + "img_attn_k_norm": (_THEIR_DOUBLE + "attn.norm_k",),
+    _DOUBLE + "txt_attn_q_norm": (_THEIR_DOUBLE + "attn.norm_added_q",),
+    _DOUBLE + "txt_attn_k_norm": (_THEIR_DOUBLE + "attn.norm_added_k",),
+    _DOUBLE + "img_attn_proj": (_THEIR_DOUBLE + "attn.to_out.0",),
+    _DOUBLE + "txt_attn_proj": (_THEIR_DOUBLE + "attn.to_add_out",),
+    _DOUBLE + "img_mlp.fc1": (_THEIR_DOUBLE + "ff.net.0.proj",),
+    _DOUBLE + "img_mlp.fc2": (_THEIR_DOUBLE + "ff.net.2",),
+    _DOUBLE + "txt_mlp.fc1": (_THEIR_DOUBLE + "ff_context.net.0.proj",),
+    _DOUBLE + "txt_mlp.fc2": (_THEIR_DOUBLE + "ff_context.net.2",),
+    _SINGLE + "modulation.linear": (_THEIR_SINGLE + "norm.linear",),
+    _SINGLE + "linear1": (
+        *(_THEIR_SINGLE + f"attn.to_{c}" for c in "qkv"),
+        _THEIR_SINGLE + "proj_mlp",
+    ),
+    _SINGLE + "linear2": (_THEIR_SINGLE + "proj_out",),
+    _SINGLE + "q_norm": (_THEIR_SINGLE + "attn.norm_q",),
+    _SINGLE + "k_norm": (_THEIR_SINGLE + "attn.norm_k",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
+
+# Top-level entries of the released pickle, and prefixes some savers put before every key.
+WRAPPERS = ("module", "ema", "state_dict")
+PREFIXES = ("module.", "model.")
+
+
+def hunyuan_links(cfg: HunyuanConfig) -> list[KeyLink]:
+    """Return one link per tensor of the model of ``cfg``, in the order of its state dict."""
+    with torch.device("meta"):
+        model = HunyuanVideo(cfg)
+    return [_link(key, tuple(t.shape), cfg) for key, t in model.state_dict().items()]
+
+
+def _link(key: str, shape: tuple[int, ...], cfg: HunyuanConfig) -> KeyLink:
+    module, _, leaf = key.rpartition(".")
+    found = re.search(r"blocks\.(\d+)\.", module)
+    index = found.group(1) if found else ""
+    pattern = re.sub(r"blocks\.\d+\.", "blocks.{}.", module)
+    theirs = tuple(f"{name.format(index)}.{leaf}" for name in MODULES[pattern])
+    if len(theirs) == 1:
+        rows = shape[:1]
+    else:
+        rows = (cfg.hidden_size,) * 3 + ((cfg.mlp_size,) if len(theirs) == 4 else ())
+    return KeyLink(
+        ours=key, shape=shape, diffusers=theirs, rows=rows, swap_halves=pattern == SWAPPED_HALVES
+    )
+
+
+def common_prefix(keys: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> str:
+    """Return the saver's prefix that every key carries, or the empty string."""
+    keys = list(keys)
+    for prefix in prefixes:
+        if keys and all(key.startswith(prefix) for key in keys):
+            return prefix
+    return ""
+
+
+def diffusers_config(cfg: HunyuanConfig) -> dict[str, Any]:
+    """Return the ``config.json`` with which diffusers builds the same model.
+
+    Raises:
+        ValueError: diffusers has no such model: it knows one patch size for rows and columns, and
+            its token refiner has an MLP ratio of 4 whatever ``mlp_ratio`` says.
+    """
+    if cfg.mlp_ratio != 4.0 and cfg.refiner_depth > 0:
+        raise ValueError(
+            f"model.mlp_ratio={cfg.mlp_ratio} with model.refiner_depth={cfg.refiner_depth} cannot "
+            "be expressed by the diffusers class, whose refiner always has a ratio of 4"
+        )
+    frames, rows, columns = cfg.patch_size
+    if rows != columns:
+        raise ValueError(
+            f"model.patch_size={cfg.patch_size} has different rows and columns, which the "
+            "diffusers class cannot express"
+        )
+    return {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.head_dim,
+        "num_layers": cfg.num_double_blocks,
+        "num_single_layers": cfg.num_single_blocks,
+        "num_refiner_layers": cfg.refiner_depth,
+        "mlp_ratio": cfg.mlp_ratio,
+        "patch_size": rows,
+        "patch_size_t": frames,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": cfg.guidance_embed,
+        "text_embed_dim": cfg.text_dim,
+        "pooled_projection_dim": cfg.pooled_dim,
+        "rope_theta": cfg.rope_theta,
+        "rope_axes_dim": list(cfg.rope_axes),
+    }
