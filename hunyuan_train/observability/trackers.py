@@ -1,0 +1,147 @@
+"""Where rows of metrics go: a JSONL file, TensorBoard, Weights & Biases."""
+
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from hunyuan_train.observability.config import LoggingConfig, WandbMode
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, float | int | str]
+
+
+class Tracker(Protocol):
+    """A destination of metrics."""
+
+    def log(self, step: int, row: Row) -> None:
+        """Record the values of ``step``."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        ...
+
+
+class JsonlTracker:
+    """One JSON object per line in ``metrics.jsonl``: step, time (Unix seconds) and the values.
+
+    Not-a-number and infinities become null, because JSON has neither.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Open ``path`` for appending, without the rows after ``start_step``.
+
+        A run that goes on from an older checkpoint repeats steps; their first rows, and a last line
+        that was cut off when the process died, are dropped.
+        """
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _row_step(line) <= start_step]
+            scratch = path.with_name(path.name + ".tmp")
+            scratch.write_text("".join(f"{line}\n" for line in kept))
+            scratch.replace(path)
+        self._stream = path.open("a", buffering=1)
+
+    def log(self, step: int, row: Row) -> None:
+        """Append one line."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._stream.write(
+            json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _row_step(line: str) -> float:
+    """Return the step of a line, or infinity if the line is cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoardTracker:
+    """Scalars and texts in TensorBoard event files."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        """Write into ``folder``; TensorBoard then hides older events after ``start_step``."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+
+    def log(self, step: int, row: Row) -> None:
+        """Add numbers as scalars and strings as texts."""
+        for name, value in row.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            else:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run; a restart continues it by the id in ``wandb_id.txt``."""
+
+    def __init__(self, run_dir: Path, cfg: LoggingConfig, run_config: Mapping[str, Any]) -> None:
+        """Start or continue the run.
+
+        Raises:
+            ValueError: The package is not installed.
+        """
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"logging.wandb_mode={cfg.wandb_mode.value} needs the wandb package: "
+                "pip install 'hunyuan_train[wandb]', or set logging.wandb_mode=disabled"
+            ) from error
+        id_file = run_dir / "wandb_id.txt"
+        known = id_file.exists()
+        if not known:
+            id_file.write_text(secrets.token_hex(8))
+        offline = cfg.wandb_mode is WandbMode.OFFLINE
+        self._run = wandb.init(
+            mode=cfg.wandb_mode.value,
+            project=cfg.wandb_project,
+            name=cfg.wandb_name or run_dir.name,
+            dir=str(run_dir),
+            id=id_file.read_text().strip(),
+            resume=None if offline or not known else "allow",
+            config=dict(run_config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, step: int, row: Row) -> None:
+        """Send one row."""
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def build_trackers(
+    run_dir: Path, cfg: LoggingConfig, start_step: int, run_config: Mapping[str, Any]
+) -> list[Tracker]:
+    """Build the trackers that ``cfg`` asks for and log which ones they are."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trackers: list[Tracker] = [
+        JsonlTracker(run_dir / "metrics.jsonl", start_step),
+        TensorBoardTracker(run_dir / "tensorboard", start_step),
+    ]
+    if cfg.wandb_mode is not WandbMode.DISABLED:
+        trackers.append(WandbTracker(run_dir, cfg, run_config))
+    log.info("metrics go to %s (wandb %s)", run_dir, cfg.wandb_mode.value)
+    return trackers

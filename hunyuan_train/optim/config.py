@@ -1,0 +1,55 @@
+"""Options of the optimizer, its schedule, clipping and the moving average of the weights."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after the warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, learning-rate schedule, gradient clipping and EMA."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of parameters with two or more dimensions; the others have none."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly from lr / warmup_steps to lr; 0 starts at lr."""
+    schedule: ScheduleKind = ScheduleKind.CONSTANT
+    """What the rate does after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """The rate at the last step over lr, for the cosine and linear schedules."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm of an update; 0 only measures the norm."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, once warmed up."""
+    ema_warmup: bool = True
+    """Use min(ema_decay, (1 + n) / (10 + n)) after n updates, so early weights are forgotten
+    soon."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a value outside its range."""
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")

@@ -1,0 +1,98 @@
+"""Preemption: a signal asks for a checkpoint and an early end, and all ranks agree on the step."""
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hunyuan_train.resilience.config import ResilienceConfig
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that saved a checkpoint and ended on request: EX_TEMPFAIL of sysexits.h, "try
+again later". A scheduler script restarts the same command on this code and on no other."""
+
+log = logging.getLogger(__name__)
+
+
+class Preemption:
+    """Catches the signals of ``cfg`` between entering and leaving; a context manager.
+
+    A signal reaches the ranks at different moments. Acting on the local flag would let one rank
+    save while another starts the next step, so the loop asks for the agreed answer: either
+    :meth:`requested` (one small all-reduce), or :meth:`local_flag` added to a reduction that
+    happens anyway, followed by :meth:`agree`.
+    """
+
+    def __init__(self, cfg: ResilienceConfig, group: dist.ProcessGroup | None = None) -> None:
+        """Prepare.
+
+        Args:
+            cfg: Names the signals.
+            group: Group that :meth:`requested` reduces over, best one with a CPU backend; None is
+                the default group.
+        """
+        self._signals = [signal.Signals[name] for name in cfg.preemption_signals]
+        self._group = group
+        self._previous: dict[signal.Signals, Any] = {}
+        self._received: str | None = None
+        self._agreed = False
+
+    def __enter__(self) -> "Preemption":
+        """Install the handlers; outside the main thread Python allows none."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                self._previous[number] = signal.signal(number, self._on_signal)
+        else:
+            log.warning("not in the main thread: preemption signals are not caught")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Restore the handlers that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: a handler may interrupt any line, also one that holds the logging lock.
+        self._received = signal.Signals(number).name
+
+    @property
+    def reason(self) -> str:
+        """The signal this rank received, or "another rank" if only others did; "" if none."""
+        return self._received or ("another rank" if self._agreed else "")
+
+    def local_flag(self) -> float:
+        """Return 1.0 if this rank was asked to stop, else 0.0. No communication."""
+        return float(self._received is not None)
+
+    def agree(self, reduced: Tensor | float) -> bool:
+        """Take the sum or maximum of all local flags as the answer; it stays True once it was.
+
+        Args:
+            reduced: :meth:`local_flag` of every rank, reduced. A device tensor is read here (a host
+                sync).
+        """
+        self._agreed = self._agreed or float(reduced) > 0
+        return self._agreed
+
+    def requested(self) -> bool:
+        """Return whether any rank was asked to stop; every rank must call it at the same step."""
+        if self._agreed:
+            return True
+        if not dist.is_initialized():
+            return self.agree(self.local_flag())
+        # A group with any CPU backend answers without waiting for the accelerator.
+        device = "cpu" if "cpu:" in str(dist.get_backend_config(self._group)) else "cuda"
+        flag = torch.tensor([self.local_flag()], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return self.agree(flag)
