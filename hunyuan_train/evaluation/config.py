@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hunyuan_train.data.buckets import Bucket
+
 
 @dataclass(kw_only=True, slots=True)
 class SampleConfig:
@@ -44,6 +46,11 @@ class SampleConfig:
     batch_size: int = 1
     """Videos sampled at once; it does not change them."""
 
+    @property
+    def bucket(self) -> Bucket:
+        """The size of one sample in pixels."""
+        return Bucket(self.frames, self.height, self.width)
+
     def __post_init__(self) -> None:
         """Reject settings that no sampler can follow."""
         for name in ("steps", "fps", "num_per_prompt", "batch_size"):
@@ -56,3 +63,7 @@ class SampleConfig:
             raise ValueError(f"sample.cfg_scale={self.cfg_scale} must not be negative; 1 is off")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"sample.crf={self.crf} must be from 0 (best) to 51")
+        try:
+            _ = self.bucket
+        except ValueError as error:
+            raise ValueError(f"sample.frames, sample.height, sample.width: {error}") from error

@@ -7,7 +7,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import TextEncoder
 from hunyuan_train.evaluation.config import SampleConfig
@@ -173,18 +172,17 @@ def sample_videos(
         items: sample numbers to make, for a rank's share; all when None.
 
     Raises:
-        ValueError: no prompts, or a size that is not a legal bucket.
+        ValueError: no prompts.
     """
     if not prompts:
         raise ValueError("there is nothing to sample; list prompts in sample.prompts")
-    bucket = Bucket(cfg.frames, cfg.height, cfg.width)
-    media = "image" if cfg.frames == 1 else "video"
+    media = cfg.bucket.media
     device = next(model.parameters()).device
     features = text_encoder.encode(list(prompts), media).to(device)
     negative = None
     if cfg.cfg_scale != 1:
         negative = text_encoder.encode([cfg.negative_prompt], media).to(device)
-    shape = (vae.cfg.latent_channels, *bucket.latent_shape)
+    shape = (vae.cfg.latent_channels, *cfg.bucket.latent_shape)
     wanted = list(range(len(prompts) * cfg.num_per_prompt) if items is None else items)
     batches = [wanted[i : i + cfg.batch_size] for i in range(0, len(wanted), cfg.batch_size)]
     total, done = len(batches) * cfg.steps, 0
