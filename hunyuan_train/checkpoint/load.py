@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from hunyuan_train.checkpoint.ranks import Ranks, without_dist_warning
 from hunyuan_train.checkpoint.storage import (
@@ -110,7 +111,7 @@ def check_tensors(
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and type of every tensor in a checkpoint, by flat name."""
-    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata = FileSystemReader(folder).read_metadata()
     return {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()
@@ -121,9 +122,9 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 def read_tensors(folder: Path, flat: dict[str, Tensor], ranks: Ranks) -> None:
     """Fill ``flat`` (stored name -> tensor) in place; every rank reads only the parts it holds."""
     with without_dist_warning():
-        dcp.load(
+        load(
             flat,
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=FileSystemReader(folder),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
             no_dist=not ranks.active,

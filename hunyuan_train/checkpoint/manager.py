@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.load import (
@@ -184,7 +184,7 @@ class CheckpointManager:
         raised: CheckpointException | None = None
         try:
             with without_dist_warning():
-                dcp.save(
+                save(
                     flat,
                     storage_writer=writer,
                     planner=DefaultSavePlanner(

@@ -44,7 +44,7 @@ class Ema:
         assert not self._swapped, "update() inside swap() would average the average"
         shadow = [_local(s) for s in self._shadow.values()]
         weights = [_local(p.detach()).float() for p in self._params.values()]
-        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay(step))
+        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay(step))  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def reset(self) -> None:
