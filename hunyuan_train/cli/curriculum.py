@@ -18,6 +18,6 @@ def main(argv: Sequence[str]) -> int:
         compose_config([*argv, *stage_overrides(cfg, number)])
         for number in range(len(cfg.curriculum.stages))
     ]
-    with Preemption() as preemption, joined_world(cfg) as world:
+    with Preemption(cfg.resilience) as preemption, joined_world(cfg) as world:
         outcome = run_curriculum(cfg, stages, world, preemption)
     return EXIT_PREEMPTED if outcome is Outcome.PREEMPTED else 0

@@ -28,7 +28,7 @@ def joined_world(cfg: RunConfig) -> Iterator[World]:
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     world = init_world(cfg.run.device, cfg.parallel.timeout_s)
-    setup_logging(world.rank)
+    setup_logging(cfg.logging, world.rank, world.size)
     try:
         yield world
     finally:

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        print(f"hunyuan-train: {verb} is not a verb; choose from {' '.join(VERBS)}", file=sys.stderr)
+        print(
+            f"hunyuan-train: {verb} is not a verb; choose from {' '.join(VERBS)}", file=sys.stderr
+        )
         return 2
     module = importlib.import_module(f"hunyuan_train.cli.{verb}")
     try:

@@ -12,6 +12,6 @@ def main(argv: Sequence[str]) -> int:
     cfg = composed(argv)
     if cfg is None:
         return 0
-    with Preemption() as preemption, joined_world(cfg) as world:
+    with Preemption(cfg.resilience) as preemption, joined_world(cfg) as world:
         outcome = train(cfg, world, preemption)
     return EXIT_PREEMPTED if outcome is Outcome.PREEMPTED else 0

@@ -108,12 +108,14 @@ def _to_dataclasses(composed: DictConfig) -> RunConfig:
     """Build every section, collecting the complaints of all of them before raising."""
     sections: dict[str, Any] = {}
     problems: list[str] = []
+    known = {section.name for section in dataclasses.fields(RunConfig)}
     for name in composed:
+        if name not in known:
+            problems.append(_unknown_key(str(name)))
+            continue
         try:
             sections[str(name)] = OmegaConf.to_object(composed[name])
-        except ValueError as error:  # OmegaConf's own errors are ValueErrors too
-            problems.append(_explain(error))
-        except OmegaConfBaseException as error:
+        except (ValueError, OmegaConfBaseException) as error:
             problems.append(_explain(error))
     if not problems:
         cfg = RunConfig(**sections)
@@ -125,28 +127,29 @@ def _to_dataclasses(composed: DictConfig) -> RunConfig:
 
 def _explain(error: BaseException) -> str:
     """Turn a Hydra or OmegaConf error into one sentence that names the field and the fix."""
-    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-    text = str(cause)
-    if found := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'|Key '([^']+)' is not in struct", text):
-        return _unknown_key(found.group(1) or found.group(3), text)
-    key = getattr(cause, "full_key", None) or ""
-    first = text.strip().splitlines()[0]
-    if key and "could not be converted" in text or "Invalid type" in text:
-        return f"{key}: {first[0].lower()}{first[1:]}"
+    text = str(error)
+    if error.__cause__ is not None and "\n" not in text:
+        text = f"{text}\n{error.__cause__}"
+    key = re.search(r"full_key: (\S+)", text)
+    if re.search(r"Key '\S+' (?:is )?not in|Could not override '(\S+)'", text):
+        override = re.search(r"Could not override '(\S+)'", text)
+        return _unknown_key(key.group(1) if key else override.group(1) if override else text)
+    if found := re.search(r"Error parsing override '([^']*)'", text):
+        return f"{found.group(1)!r} is not an override; write section.field=value or group=name"
     if found := re.search(r"Could not find '([^']+)'", text):
         group, _, name = found.group(1).rpartition("/")
         options = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         return f"{group}={name} does not exist; choose from {' '.join(options)}"
-    return first
+    lines = [line for line in text.strip().splitlines() if "raised while composing" not in line]
+    lines = [re.sub(r"^Error merging override .*$", "", line).strip() for line in lines]
+    first = next((line for line in lines if line), text)
+    return f"{key.group(1)}: {first}" if key else first
 
 
-def _unknown_key(key: str, text: str) -> str:
-    full = re.search(r"full_key: (\S+)", text)
-    path = full.group(1) if full else key
-    known = sorted(_known_paths())
-    close = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; see conf/ for the known fields"
-    return f"{path} is not a field of the config{hint}"
+def _unknown_key(path: str) -> str:
+    close = difflib.get_close_matches(path, sorted(_known_paths()), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see conf/ for the known fields"
+    return f"{path} is not a field of the config; {hint}"
 
 
 def _known_paths() -> list[str]:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
@@ -15,6 +17,7 @@ from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.parallel.apply import parallelize
+from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import build_mesh
 from hunyuan_train.runtime.dist import World
 
@@ -34,29 +37,38 @@ class TrainRun:
 def build_run(cfg: RunConfig, world: World) -> TrainRun:
     """Build model, optimizer, EMA, loader and checkpoints, and start from what is on disk.
 
-    The newest good checkpoint of the run wins; a fresh run starts from ``stage.init_from`` when set.
+    The newest good checkpoint of the run wins; a fresh run starts from ``stage.init_from`` if set.
 
     Raises:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
     store = open_store(cfg)
+    loader = BucketLoader(store, cfg.data, cfg.run.seed, world.rank, world.size)
     model = build_sharded_model(cfg, world)
-    optimizer = build_optimizer(model, cfg.optimizer)
     state = TrainState(
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(model, cfg.optimizer),
         ema=Ema(model, cfg.optimizer),
-        loader=BucketLoader(store, cfg.data, cfg.run.seed, world.rank, world.size),
+        loader=loader,
+        skipped_updates=torch.zeros((), device=world.device),
     )
     folder = Path(cfg.run.dir)
-    checkpoints = CheckpointManager(
-        folder / "checkpoints", cfg.checkpoint, identity=config_dict(cfg.model)
-    )
     run = TrainRun(
-        cfg=cfg, world=world, folder=folder, store=store, state=state, checkpoints=checkpoints
+        cfg=cfg,
+        world=world,
+        folder=folder,
+        store=store,
+        state=state,
+        checkpoints=build_checkpoints(cfg),
     )
     restore(run)
     return run
+
+
+def build_checkpoints(cfg: RunConfig) -> CheckpointManager:
+    """Return the manager of the checkpoints in ``run.dir``; the model section is their identity."""
+    folder = Path(cfg.run.dir) / "checkpoints"
+    return CheckpointManager(folder, cfg.checkpoint, identity=config_dict(cfg.model))
 
 
 def open_store(cfg: RunConfig) -> LatentStore:
@@ -65,6 +77,10 @@ def open_store(cfg: RunConfig) -> LatentStore:
     Raises:
         ValueError: naming the field of the config and the store that disagree.
     """
+    if not cfg.data.latents:
+        raise ValueError(
+            "data.latents is empty; give it the folder that `hunyuan-train precompute` wrote"
+        )
     store = LatentStore.open(Path(cfg.data.latents))
     wanted = {
         "latent_channels": ("model.out_channels", cfg.model.out_channels),
@@ -81,23 +97,22 @@ def open_store(cfg: RunConfig) -> LatentStore:
     return store
 
 
-def build_sharded_model(cfg: RunConfig, world: World) -> torch.nn.Module:
-    """Build the model, the same weights on every rank from ``run.seed``, and lay it out."""
-    torch.manual_seed(cfg.run.seed)
-    with torch.device(world.device):
+def build_sharded_model(cfg: RunConfig, world: World) -> nn.Module:
+    """Lay the model out without storage, then fill it from ``run.seed``, shard by shard."""
+    with torch.device("meta"):
         model = build_model(cfg.model)
     mesh = build_mesh(cfg.parallel, world.device.type, world.size)
-    return parallelize(model, sharding_plan(cfg.model), mesh, cfg.parallel)
+    model = parallelize(model, sharding_plan(cfg.model), mesh, cfg.parallel)
+    model.to_empty(device=world.device)
+    init_parameters(model, model.init_rules(), cfg.run.seed)
+    return model
 
 
 def restore(run: TrainRun) -> None:
     """Continue from the newest good checkpoint, or start from the weights of another stage."""
-    tensors = run.state.tensors()
-    restored = run.checkpoints.restore(tensors)
+    restored = run.checkpoints.restore(run.state.tensors())
     if restored is not None:
-        run.state.load(tensors, restored.extra)
+        run.state.load_counters(restored.extra)
     elif run.cfg.stage.init_from:
-        weights = {"model": tensors["model"], "ema": tensors["ema"]}
-        run.checkpoints.restore_into(weights, Path(run.cfg.stage.init_from))
-        run.state.model.load_state_dict(weights["model"])
-        run.state.ema.load_state_dict(weights["ema"])
+        identity = config_dict(run.cfg.model)
+        restore_into(run.cfg.stage.init_from, run.state.weights(), identity=identity)

@@ -4,9 +4,8 @@ import json
 import logging
 from pathlib import Path
 
-from hunyuan_train.checkpoint.manager import CheckpointManager
-from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.engine.build import build_checkpoints
 from hunyuan_train.engine.loop import Outcome, train
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
@@ -87,10 +86,7 @@ def final_checkpoint(cfg: RunConfig) -> Path:
     Raises:
         ValueError: if there is none, because the last save failed.
     """
-    manager = CheckpointManager(
-        Path(cfg.run.dir) / "checkpoints", cfg.checkpoint, identity=config_dict(cfg.model)
-    )
-    latest = manager.latest()
+    latest = build_checkpoints(cfg).latest()
     if latest is None:
         raise ValueError(
             f"{cfg.run.dir}: stage {cfg.stage.name} left no checkpoint; "

@@ -12,16 +12,23 @@ from hunyuan_train.config.compose import (
     save_config,
 )
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.engine.build import TrainRun, build_run
+from hunyuan_train.engine.build import build_run
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
-from hunyuan_train.runtime.device import synchronize
 
 log = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("run.device", "run.threads", "run.accept_changes", "logging.", "checkpoint.", "resilience.", "sample.")
+FREE_TO_CHANGE = (
+    "run.device",
+    "run.threads",
+    "run.accept_changes",
+    "logging.",
+    "checkpoint.",
+    "resilience.",
+    "sample.",
+)
 """Fields a resumed run may change: they do not touch the numbers it computes."""
 
 
@@ -40,24 +47,24 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
     """
     claim_folder(cfg, world)
     run = build_run(cfg, world)
-    state = run.state
+    state, last = run.state, cfg.stage.steps
+    scaling_factor = run.store.meta.scaling_factor
+    log.info("%s", run.state.loader.describe())
     with StepMeter(run) as meter:
-        while state.step < cfg.stage.steps:
+        while state.step < last:
             started = time.perf_counter()
             batches = state.loader.next_step(cfg.stage.micro_steps)
-            waited = time.perf_counter() - started
-            metrics = train_step(state, batches, cfg, world)
-            meter.add(metrics, waited, time.perf_counter() - started)
-            if state.step % cfg.logging.every == 0 or state.step == cfg.stage.steps:
-                synchronize(world.device)
+            waited_s = time.perf_counter() - started
+            meter.add(train_step(state, batches, cfg, world, scaling_factor), waited_s)
+            if cfg.logging.due(state.step) or state.step == last:
                 meter.emit()
             stop = preemption.requested()
-            last = state.step == cfg.stage.steps
-            if stop or last or state.step % cfg.checkpoint.every == 0:
+            if stop or state.step == last or run.checkpoints.due(state.step):
                 run.checkpoints.save(state.step, state.tensors(), state.counters())
-            if stop and not last:
-                log.warning("stopped by a signal at step %d; the same command goes on", state.step)
+            if stop and state.step < last:
+                log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
                 return Outcome.PREEMPTED
+    state.loader.close()
     return Outcome.DONE
 
 

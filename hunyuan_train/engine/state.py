@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.parallel.zero import load_optimizer_state, optimizer_state
+from hunyuan_train.optim.groups import optimizer_tensors
 
 
 @dataclass(kw_only=True)
@@ -16,20 +16,29 @@ class TrainState:
     """The state of one training stage. All randomness is keyed, so no generator state is here."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     ema: Ema
     loader: BucketLoader
+    skipped_updates: Tensor
+    """Updates left out because a gradient was not finite: a float32 scalar on the device."""
     step: int = 0
+    """Optimizer updates done, skipped ones included."""
     samples: int = 0
     tokens: int = 0
-    skipped_updates: int = 0
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the live parameters and their average, sharded as they are."""
+        return {
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "ema": self.ema.state_dict(),
+        }
 
     def tensors(self) -> dict[str, Any]:
-        """Return the tensors to save, sharded as they are; filling them in place restores them."""
+        """Return all live tensors to save; filling them in place restores the state."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_state(self.model, self.optimizer),
+            **self.weights(),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "counters": {"skipped_updates": self.skipped_updates},
         }
 
     def counters(self) -> dict[str, Any]:
@@ -38,17 +47,12 @@ class TrainState:
             "step": self.step,
             "samples": self.samples,
             "tokens": self.tokens,
-            "skipped_updates": self.skipped_updates,
             "loader": self.loader.state_dict(),
         }
 
-    def load(self, tensors: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Take over restored ``tensors`` and ``counters``."""
-        self.model.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
-        load_optimizer_state(self.model, self.optimizer, tensors["optimizer"])
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Take over what :meth:`counters` returned when the checkpoint was written."""
         self.step = counters["step"]
         self.samples = counters["samples"]
         self.tokens = counters["tokens"]
-        self.skipped_updates = counters["skipped_updates"]
         self.loader.load_state_dict(counters["loader"])

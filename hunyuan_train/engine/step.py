@@ -8,11 +8,18 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.state import TrainState
-from hunyuan_train.objectives.conditioning import text_drop_mask
+from hunyuan_train.objectives.conditioning import (
+    apply_text_drop,
+    check_text_mask,
+    guidance_input,
+    text_drop_mask,
+)
 from hunyuan_train.objectives.flow_matching import interpolate, model_time, velocity_target
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.objectives.timesteps import sample_sigmas
+from hunyuan_train.observability.flops import dit_forward_flops
 from hunyuan_train.optim.clip import clip_grad_norm
+from hunyuan_train.optim.groups import step_if_finite
 from hunyuan_train.optim.schedule import learning_rate, set_learning_rate
 from hunyuan_train.parallel.zero import set_gradient_sync
 from hunyuan_train.runtime.dist import World, sum_over_ranks
@@ -28,7 +35,7 @@ class StepMetrics:
     tokens: int
     samples: int
     flops: float
-    learning_rate: float
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +51,9 @@ class ModelInputs:
     target: Tensor
 
 
-def build_inputs(batch: Batch, cfg: RunConfig, scaling_factor: float, device: torch.device) -> ModelInputs:
+def build_inputs(
+    batch: Batch, cfg: RunConfig, scaling_factor: float, device: torch.device
+) -> ModelInputs:
     """Draw posterior, noise, time and text drop, each keyed by its sample, and mix them.
 
     Latents are ``(mean + std * draw) * scaling_factor``; the draws do not depend on rank or order.
@@ -59,13 +68,19 @@ def build_inputs(batch: Batch, cfg: RunConfig, scaling_factor: float, device: to
     latents = (batch.mean + batch.std * draw("posterior")) * scaling_factor
     noise = draw("noise")
     sigma = sample_sigmas(cfg.objective, seed, ids, epochs)
-    drop = text_drop_mask(seed, ids, epochs, cfg.objective.text_drop)
-    text = torch.where(drop[:, None, None], batch.empty_text, batch.text)
-    mask = torch.where(drop[:, None], batch.empty_mask, batch.text_mask)
-    pooled = torch.where(drop[:, None], batch.empty_pooled, batch.pooled)
+    check_text_mask(batch.text_mask, ids)
+    text, mask, pooled = apply_text_drop(
+        text_drop_mask(seed, ids, epochs, cfg.objective.text_drop),
+        batch.text,
+        batch.text_mask,
+        batch.pooled,
+        batch.empty_text,
+        batch.empty_mask,
+        batch.empty_pooled,
+    )
     guidance = None
     if cfg.model.guidance_embed:
-        guidance = torch.full((len(ids),), 1000.0 * cfg.objective.train_guidance, device=device)
+        guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
     dtype = getattr(torch, cfg.parallel.compute_dtype)
     return ModelInputs(
         noisy=interpolate(latents, noise, sigma).to(device, dtype),
@@ -78,48 +93,74 @@ def build_inputs(batch: Batch, cfg: RunConfig, scaling_factor: float, device: to
     )
 
 
-def train_step(state: TrainState, batches: list[Batch], cfg: RunConfig, world: World) -> StepMetrics:
+def training_flops(batch: Batch, cfg: RunConfig) -> int:
+    """Return the model FLOPs of one micro-batch, forward and backward."""
+    model = cfg.model
+    return dit_forward_flops(
+        batch=len(batch.sample_ids),
+        img_tokens=batch.bucket.tokens,
+        txt_tokens=batch.text.shape[1],
+        hidden_size=model.hidden_size,
+        double_blocks=model.num_double_blocks,
+        single_blocks=model.num_single_blocks,
+        mlp_ratio=model.mlp_ratio,
+        patch_in=model.in_channels * model.patch_volume,
+        patch_out=model.out_channels * model.patch_volume,
+        text_dim=model.text_dim,
+        pooled_dim=model.pooled_dim,
+        refiner_depth=model.refiner_depth,
+        guidance_embed=model.guidance_embed,
+    ).training
+
+
+def global_counts(batches: list[Batch], cfg: RunConfig) -> tuple[int, int, float]:
+    """Return tokens, samples and FLOPs of the step over all ranks."""
+    counts = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        samples = len(batch.sample_ids)
+        row = [samples * batch.bucket.tokens, samples, training_flops(batch, cfg)]
+        counts += torch.tensor(row, dtype=torch.float64)
+    tokens, samples, flops = sum_over_ranks(counts).tolist()
+    return int(tokens), int(samples), flops
+
+
+def train_step(
+    state: TrainState,
+    batches: list[Batch],
+    cfg: RunConfig,
+    world: World,
+    scaling_factor: float,
+) -> StepMetrics:
     """Accumulate gradients over ``batches``, clip, update, follow with the EMA.
 
     The loss is the mean over the tokens of the global batch, whatever buckets the ranks hold: each
     rank back-propagates its loss sum over the global token count. Sharded gradients are averaged
     over ranks by the reduction, which the factor ``world.size`` undoes. An update whose gradient
-    norm is not finite is skipped and counted.
+    norm is not finite is skipped on the device and counted.
     """
-    counts = torch.tensor(
-        [
-            float(sum(len(b.sample_ids) * b.bucket.tokens for b in batches)),
-            float(sum(len(b.sample_ids) for b in batches)),
-            float(sum(state.loader.flops(b) for b in batches)),
-        ],
-        dtype=torch.float64,
-    )
-    tokens, samples, flops = sum_over_ranks(counts).tolist()
+    tokens, samples, flops = global_counts(batches, cfg)
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
     set_learning_rate(state.optimizer, lr)
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(batches, start=1):
         set_gradient_sync(state.model, number == len(batches))
-        x = build_inputs(batch, cfg, state.loader.scaling_factor, world.device)
+        x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = state.model(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum
         (loss * (world.size / tokens)).backward()
         total += loss.detach()
-    norm = clip_grad_norm(list(state.model.parameters()), cfg.optimizer.clip_norm)
-    if bool(torch.isfinite(norm)):
-        state.optimizer.step()
-        state.ema.update(state.step)
-    else:
-        state.skipped_updates += 1
+    norm = clip_grad_norm(state.model.parameters(), cfg.optimizer.clip_norm)
+    state.skipped_updates += step_if_finite(state.optimizer, norm)
+    state.ema.update(state.step)
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.samples += int(samples)
-    state.tokens += int(tokens)
+    state.samples += samples
+    state.tokens += tokens
     return StepMetrics(
         loss=sum_over_ranks(total) / tokens,
         grad_norm=norm,
-        tokens=int(tokens),
-        samples=int(samples),
+        tokens=tokens,
+        samples=samples,
         flops=flops,
-        learning_rate=lr,
+        lr=lr,
     )

@@ -7,26 +7,26 @@ from enum import StrEnum
 class WandbMode(StrEnum):
     """Whether Weights & Biases is used."""
 
-    DISABLED = "disabled"
-    OFFLINE = "offline"
-    ONLINE = "online"
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
 
 
 class ProgressKind(StrEnum):
     """How progress is shown on the first rank."""
 
-    AUTO = "auto"
-    BAR = "bar"
-    LINES = "lines"
-    OFF = "off"
+    auto = "auto"
+    bar = "bar"
+    lines = "lines"
+    off = "off"
 
 
 class LogLevel(StrEnum):
     """Least severity that is shown."""
 
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
+    debug = "debug"
+    info = "info"
+    warning = "warning"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,11 +35,11 @@ class LoggingConfig:
 
     every_steps: int = 10
     """Steps between two rows of metrics; reading them is the only wait for the device."""
-    level: LogLevel = LogLevel.INFO
+    level: LogLevel = LogLevel.info
     """Least severity shown on the first rank; the others show warnings and errors."""
-    progress: ProgressKind = ProgressKind.AUTO
+    progress: ProgressKind = ProgressKind.auto
     """A live bar, plain lines or nothing; auto takes the bar on a terminal."""
-    wandb_mode: WandbMode = WandbMode.DISABLED
+    wandb_mode: WandbMode = WandbMode.disabled
     """Also log to Weights & Biases; offline writes below the run folder and needs no network."""
     wandb_project: str = "hunyuan_train"
     """Project of the Weights & Biases run."""

@@ -62,9 +62,9 @@ class Progress:
             label: Name in front, e.g. of the stage.
         """
         kind = cfg.progress
-        if kind is ProgressKind.AUTO:
-            kind = ProgressKind.BAR if sys.stderr.isatty() else ProgressKind.LINES
-        self._kind = kind if rank == 0 else ProgressKind.OFF
+        if kind is ProgressKind.auto:
+            kind = ProgressKind.bar if sys.stderr.isatty() else ProgressKind.lines
+        self._kind = kind if rank == 0 else ProgressKind.off
         self._total, self._start, self._label = total_steps, start_step, label
         self._started_s = time.monotonic()
         self._bar: Bar | None = None
@@ -72,7 +72,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         """Start the clock and the bar."""
         self._started_s = time.monotonic()
-        if self._kind is ProgressKind.BAR:
+        if self._kind is ProgressKind.bar:
             from rich.console import Console
 
             self._bar = Bar(
@@ -112,7 +112,7 @@ class Progress:
 
     def show(self, step: int, row: Mapping[str, float | int | str]) -> None:
         """Show the metrics of ``step``."""
-        if self._kind is ProgressKind.OFF:
+        if self._kind is ProgressKind.off:
             return
         eta = self.eta_s(step)
         left = f"  ETA {format_duration(eta)}" if eta < float("inf") else ""

@@ -111,7 +111,7 @@ class WandbTracker:
         known = id_file.exists()
         if not known:
             id_file.write_text(secrets.token_hex(8))
-        offline = cfg.wandb_mode is WandbMode.OFFLINE
+        offline = cfg.wandb_mode is WandbMode.offline
         self._run = wandb.init(
             mode=cfg.wandb_mode.value,
             project=cfg.wandb_project,
@@ -141,7 +141,7 @@ def build_trackers(
         JsonlTracker(run_dir / "metrics.jsonl", start_step),
         TensorBoardTracker(run_dir / "tensorboard", start_step),
     ]
-    if cfg.wandb_mode is not WandbMode.DISABLED:
+    if cfg.wandb_mode is not WandbMode.disabled:
         trackers.append(WandbTracker(run_dir, cfg, run_config))
     log.info("metrics go to %s (wandb %s)", run_dir, cfg.wandb_mode.value)
     return trackers

@@ -7,9 +7,9 @@ from enum import StrEnum
 class ScheduleKind(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
-    CONSTANT = "constant"
-    COSINE = "cosine"
-    LINEAR = "linear"
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class OptimizerConfig:
     """Decoupled weight decay of parameters with two or more dimensions; the others have none."""
     warmup_steps: int = 100
     """Steps over which the rate rises linearly from lr / warmup_steps to lr; 0 starts at lr."""
-    schedule: ScheduleKind = ScheduleKind.CONSTANT
+    schedule: ScheduleKind = ScheduleKind.constant
     """What the rate does after the warm-up."""
     min_lr_ratio: float = 0.1
     """The rate at the last step over lr, for the cosine and linear schedules."""

@@ -15,11 +15,11 @@ def learning_rate(step: int, cfg: OptimizerConfig, total_steps: int) -> float:
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule is ScheduleKind.CONSTANT:
+    if cfg.schedule is ScheduleKind.constant:
         return cfg.lr
     decay_steps = max(total_steps - 1 - cfg.warmup_steps, 1)
     progress = min((step - cfg.warmup_steps) / decay_steps, 1.0)
-    if cfg.schedule is ScheduleKind.COSINE:
+    if cfg.schedule is ScheduleKind.cosine:
         height = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         height = 1.0 - progress

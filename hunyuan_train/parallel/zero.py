@@ -1,13 +1,7 @@
 """ZeRO sharding of parameters, gradients and optimizer state with ``fully_shard``."""
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -33,11 +27,8 @@ def apply_zero(
     )
     where = mesh if cfg.dp_replicate > 1 else mesh["dp_shard"]
     reshard = cfg.zero_stage == 3
-    for unit in plan.units:
-        module = model.get_submodule(unit)
-        members = module if isinstance(module, nn.ModuleList) else [module]
-        for member in members:
-            fully_shard(member, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
+    for unit in plan.modules(model):
+        fully_shard(unit, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
     return model
 
@@ -46,15 +37,3 @@ def set_gradient_sync(model: nn.Module, sync: bool) -> None:
     """Reduce gradients over ranks in the next backward, or only accumulate them locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state by parameter name, sharded as the parameters are."""
-    return get_optimizer_state_dict(model, optimizer)
-
-
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Give the optimizer a state that :func:`optimizer_state` returned."""
-    set_optimizer_state_dict(model, optimizer, state)

@@ -16,9 +16,21 @@ def keyed_generator(
     seed: int, purpose: str, sample_id: str | int = "", epoch: int = 0
 ) -> np.random.Generator:
     """Return a counter-based (Philox) generator for one purpose of one sample in one epoch."""
-    text = f"{seed}\x1f{purpose}\x1f{sample_id}\x1f{epoch}".encode()
-    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+    key = int.from_bytes(_digest(seed, purpose, sample_id, epoch), "little")
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def keyed_torch_generator(
+    seed: int, purpose: str, sample_id: str | int = "", epoch: int = 0
+) -> torch.Generator:
+    """Return a torch CPU generator for the same key, for draws that torch must make itself."""
+    key = int.from_bytes(_digest(seed, purpose, sample_id, epoch)[:7], "little")
+    return torch.Generator().manual_seed(key)
+
+
+def _digest(seed: int, purpose: str, sample_id: str | int, epoch: int) -> bytes:
+    text = f"{seed}\x1f{purpose}\x1f{sample_id}\x1f{epoch}".encode()
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def keyed_uniform(seed: int, purpose: str, sample_id: str | int = "", epoch: int = 0) -> float:

@@ -18,7 +18,9 @@ def tracked_text_files() -> list[Path]:
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
     suffixes = {".py", ".yaml", ".toml", ".md", ".sh", ".txt", ".sbatch"}
-    return [ROOT / name for name in listed if Path(name).suffix in suffixes and (ROOT / name).is_file()]
+    return [
+        ROOT / name for name in listed if Path(name).suffix in suffixes and (ROOT / name).is_file()
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -40,7 +42,9 @@ def test_kernels_is_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*config.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*config.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_config_modules_do_not_import_torch(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -93,7 +97,9 @@ def test_every_shipped_stage_and_curriculum_composes() -> None:
 
 
 def test_texts_hold_no_machine_paths_or_registry_hosts() -> None:
-    pattern = re.compile(r"(?<![\w.])/(?:work|root|home|tmp)/\w|pypi\.org|files\.pythonhosted|npmjs\.(?:org|com)")
+    pattern = re.compile(
+        r"(?<![\w.])/(?:work|root|home|tmp)/\w|pypi\.org|files\.pythonhosted|npmjs\.(?:org|com)"
+    )
     found = [
         f"{path.relative_to(ROOT)}: {match.group(0)}"
         for path in tracked_text_files()
