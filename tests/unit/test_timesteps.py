@@ -1,0 +1,61 @@
+"""Training sigmas: distribution, shift, and keys."""
+
+import math
+
+import pytest
+import torch
+
+from hunyuan_train.objectives.config import FlowMatchingConfig
+from hunyuan_train.objectives.timesteps import sample_sigmas, shift_sigmas
+
+IDS = [f"clip-{number}" for number in range(4000)]
+EPOCHS = [0] * len(IDS)
+
+
+@pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (-0.5, 0.7, 1.0), (0, 1, 7.0)])
+def test_logits_are_normal_and_shift_adds_its_logarithm(
+    mean: float, std: float, shift: float
+) -> None:
+    cfg = FlowMatchingConfig(time_mean=mean, time_std=std, shift=shift)
+    sigmas = sample_sigmas(cfg, 3, IDS, EPOCHS)
+    assert sigmas.dtype == torch.float32
+    assert ((sigmas > 0) & (sigmas < 1)).all()
+    logits = torch.logit(sigmas.double())
+    # Standard errors with 4000 draws: std / 63 for the mean, std / 89 for the deviation.
+    assert abs(logits.mean() - (mean + math.log(shift))) < 4 * std / 63
+    assert abs(logits.std() - std) < 4 * std / 89
+    inside = ((logits - logits.mean()).abs() < std).double().mean()
+    assert abs(inside - 0.6827) < 0.03
+
+
+def test_a_sample_keeps_its_sigma_on_any_rank_and_changes_it_with_epoch_and_seed() -> None:
+    cfg = FlowMatchingConfig()
+    whole = sample_sigmas(cfg, 0, ["a", "b", "c"], [0, 0, 0])
+    part = sample_sigmas(cfg, 0, ["c", "a"], [0, 0])
+    assert torch.equal(whole[[2, 0]], part)
+    assert (sample_sigmas(cfg, 0, ["a", "b", "c"], [1, 1, 1]) != whole).all()
+    assert (sample_sigmas(cfg, 1, ["a", "b", "c"], [0, 0, 0]) != whole).all()
+
+
+def test_shift_is_the_published_map() -> None:
+    sigmas = torch.linspace(0, 1, 11)
+    assert torch.equal(shift_sigmas(sigmas, 1.0), sigmas)
+    shifted = shift_sigmas(sigmas, 7.0)
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    torch.testing.assert_close(shifted[5], torch.tensor(7 / 8))  # 7 * 0.5 / (1 + 6 * 0.5)
+    torch.testing.assert_close(shift_sigmas(shifted, 1 / 7), sigmas)
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        sample_sigmas(FlowMatchingConfig(), 0, ["a", "b"], [0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("time_std", 0.0), ("shift", 0.0), ("text_drop", 1.5), ("train_guidance", -1.0)],
+)
+def test_config_names_the_field_and_the_value(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"objective\.{field}={value} must"):
+        FlowMatchingConfig(**{field: value})
