@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -21,6 +22,8 @@ SHEET_MAX_ROWS = 64
 _GAP_PX = 4
 _LINE_PX = 13
 _MAX_CAPTION_LINES = 2
+_BT709 = 1
+"""Number of BT.709 in the primaries and transfer tables of ITU-T H.273."""
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -66,11 +69,22 @@ def write_mp4(
         stream = container.add_stream(codec, rate=fps, options=_quality(codec, crf))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        _tag_bt709(stream.codec_context)
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
     partial.replace(path)
     return path
+
+
+def _tag_bt709(context: av.VideoCodecContext) -> None:
+    """Say in the file which colour matrix it uses; untagged HD and SD files are guessed apart."""
+    context.colorspace = Colorspace.ITU709
+    context.color_primaries = _BT709
+    context.color_trc = _BT709
+    context.color_range = ColorRange.MPEG
 
 
 def _quality(codec: str, crf: int) -> dict[str, str]:

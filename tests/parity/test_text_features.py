@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HunyuanVideoPipeline
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -187,6 +188,29 @@ def test_token_states_equal_hidden_states_minus_three(
 ) -> None:
     encoder = build_text_encoder(config(llm_folder, clip_folder))
     check_states(encoder, LlamaModel.from_pretrained(llm_folder), llm_folder, media)
+
+
+def test_features_equal_the_ones_of_the_diffusers_pipeline(
+    llm_folder: Path, clip_folder: Path
+) -> None:
+    clip = CLIPTextModel.from_pretrained(clip_folder)
+    pipeline = HunyuanVideoPipeline(
+        text_encoder=LlamaModel.from_pretrained(llm_folder),
+        tokenizer=AutoTokenizer.from_pretrained(llm_folder, padding_side="right"),
+        transformer=None,
+        vae=None,
+        scheduler=None,
+        text_encoder_2=clip,
+        tokenizer_2=AutoTokenizer.from_pretrained(clip_folder),
+    )
+    with torch.no_grad():
+        states, pooled, mask = pipeline.encode_prompt(
+            CAPTIONS, device=torch.device("cpu"), max_sequence_length=MAX_LENGTH
+        )
+    features = build_text_encoder(config(llm_folder, clip_folder)).encode(CAPTIONS, "video")
+    assert torch.equal(features.mask, mask.bool())
+    assert torch.equal(features.states[features.mask], states[mask.bool()])
+    assert torch.equal(features.pooled, pooled)
 
 
 def test_states_do_not_depend_on_the_batch(llm_folder: Path, clip_folder: Path) -> None:
