@@ -9,7 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hunyuan_train.models.shapes import ImgTokens, JointTokens, Latents, PerSample, Vec
+from hunyuan_train.models.shapes import (
+    ImgTokens,
+    JointTokens,
+    Latents,
+    Patches,
+    PerSample,
+    Pooled,
+    Vec,
+    Velocity,
+)
 
 NORM_EPS = 1e-6
 FREQUENCY_DIM = 256
@@ -43,7 +52,7 @@ class ScalarEmbedder(nn.Module):
 
     def forward(self, value: PerSample) -> Vec:
         """Embed float32 values [B] (0..1000 for time) as [B, D] in the weights' dtype."""
-        return self.mlp(sinusoid(value).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(value).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class VectorEmbedder(nn.Module):
@@ -54,7 +63,7 @@ class VectorEmbedder(nn.Module):
         self.in_layer = nn.Linear(in_features, hidden_size)
         self.out_layer = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, vector: Float[Tensor, "B P"]) -> Vec:
+    def forward(self, vector: Pooled) -> Vec:
         """Embed [B, P] as [B, D]."""
         vector = vector.to(self.in_layer.weight.dtype)
         return self.out_layer(functional.silu(self.in_layer(vector)))
@@ -124,7 +133,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: Sequence[int], in_channels: int, hidden_size: int) -> None:
         super().__init__()
-        self.patch_size = tuple(patch_size)
+        frames, rows, columns = patch_size
+        self.patch_size = (frames, rows, columns)
         self.proj = nn.Conv3d(
             in_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size
         )
@@ -141,8 +151,8 @@ class PatchEmbed(nn.Module):
         return functional.linear(patches, weight, self.proj.bias)
 
 
-def unpatchify(tokens: ImgTokens, grid: tuple[int, int, int], patch_size: Sequence[int]) -> Latents:
-    """Undo the cut: [B, N, C*pt*ph*pw], channel slowest, to [B, C, T, H, W]."""
+def unpatchify(tokens: Patches, grid: tuple[int, int, int], patch_size: Sequence[int]) -> Velocity:
+    """Undo the cut: [B, N, F], channel slowest, to [B, C, T, H, W]."""
     (frames, rows, columns), (pt, ph, pw) = grid, patch_size
     x = tokens.unflatten(-1, (-1, pt, ph, pw)).unflatten(1, (frames, rows, columns))
     x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
@@ -157,7 +167,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, img: ImgTokens, vec: Vec) -> ImgTokens:
-        """Map [B, N, D] to [B, N, C*pt*ph*pw]."""
+    def forward(self, img: ImgTokens, vec: Vec) -> Patches:
+        """Map [B, N, D] to [B, N, F]."""
         shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
         return self.linear(modulated_norm(img, shift, scale))

@@ -25,7 +25,7 @@ from hunyuan_train.models.layers import (
     unpatchify,
 )
 from hunyuan_train.models.rope import RopeCache
-from hunyuan_train.models.shapes import Latents, PerSample, Pooled, TextMask
+from hunyuan_train.models.shapes import Latents, PerSample, Pooled, TextMask, Velocity
 from hunyuan_train.models.spec import (
     ONES,
     ZEROS,
@@ -122,7 +122,7 @@ class HunyuanVideo(nn.Module):
         text_mask: TextMask | None,
         pooled: Pooled,
         guidance: PerSample | None = None,
-    ) -> Latents:
+    ) -> Velocity:
         """Predict the velocity ``noise - latents`` of noised latents.
 
         Args:
@@ -157,7 +157,7 @@ class HunyuanVideo(nn.Module):
         x = torch.cat([img, txt], dim=1)  # [B, N+L, D]
         for block in self.single_blocks:
             x = block(x, vec, rope, key_mask)
-        out = self.final_layer(x[:, :img_tokens], vec)  # [B, N, C*pt*ph*pw]
+        out = self.final_layer(x[:, :img_tokens], vec)  # [B, N, F]
         return unpatchify(out, grid, self.cfg.patch_size)
 
     def _check_inputs(

@@ -4,6 +4,7 @@ Source: HunyuanVideo (arXiv 2412.03603), section 4.3 (bidirectional refiner, aft
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,7 +83,7 @@ class ContextEmbedder(nn.Module):
         self.linear_1 = nn.Linear(in_features, hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, mean: Vec) -> Vec:
+    def forward(self, mean: Float[Tensor, "B text_dim"]) -> Vec:
         """Embed [B, text_dim] as [B, D]."""
         mean = mean.to(self.linear_1.weight.dtype)
         return self.linear_2(functional.silu(self.linear_1(mean)))
