@@ -162,13 +162,14 @@ class VideoReader:
         problems: list[str] = []
         if self._failed_packets:
             where = ", ".join(str(number) for number in self._failed_packets[:5])
-            problems.append(f"{len(self._failed_packets)} packets do not decode (number {where})")
+            count = len(self._failed_packets)
+            problems.append(f"packets that do not decode: {count} (number {where})")
         if self._corrupt_frames:
-            problems.append(f"{self._corrupt_frames} decoded frames are corrupt")
+            problems.append(f"corrupt frames: {self._corrupt_frames}")
         if promised > self._decoded:
             problems.append(f"{self._decoded} of {promised} frames decode")
         elif not_found:
-            problems.append(f"{not_found} wanted frames never decode")
+            problems.append(f"wanted frames that never decode: {not_found}")
         if problems:
             raise MediaError(Reason.damaged, "; ".join(problems))
 

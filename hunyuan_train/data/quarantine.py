@@ -22,10 +22,6 @@ class Reason(StrEnum):
     not_finite = "not_finite"
 
 
-TRANSIENT = frozenset({Reason.missing, Reason.unreadable, Reason.no_caption, Reason.manifest})
-"""Reasons that do not follow from the bytes of the file, so a rerun looks again."""
-
-
 class MediaError(Exception):
     """A source that cannot become a sample; the run goes on without it."""
 

@@ -1,0 +1,171 @@
+"""Parts: the unit in which precompute commits work, one tensor file and one list of entries.
+
+A store folder holds::
+
+    meta.json                    what the store was made with; names the index (written last)
+    index-<digest>.jsonl         one row per sample
+    quarantine.jsonl             one row per file left out, with the reason
+    parts/<part>.safetensors     tensors: <source key>/<row>/{mean,std}, <text key>/{states,pooled}
+    parts/<part>.jsonl           what the part holds; its presence commits the part
+    claims/<unit>.lock           locks that share work between processes
+
+Every entry is named by a hash of everything it depends on, so a part never becomes wrong, only
+unused; and a process that is killed leaves at most a tensor file without its list, which the next
+run overwrites.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTS = "parts"
+CLAIMS = "claims"
+_STALE_S = 3600.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """Work that is committed in one go."""
+
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By source key: ``{"rows": [...]}`` or ``{"reason": ..., "detail": ...}``."""
+    texts: dict[str, int] = field(default_factory=dict)
+    """By text key: the number of valid tokens."""
+    digests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By file: size, mtime_ns, hashed_ns and sha256, so an untouched file is not read again."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PartStore:
+    """Reads and commits the parts of one folder; safe for several processes at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources: dict[str, tuple[str, dict[str, Any]]] = {}
+        """Source key -> (part name, entry)."""
+        self.texts: dict[str, tuple[str, int]] = {}
+        """Text key -> (part name, valid tokens)."""
+        self.digests: dict[str, tuple[str, dict[str, Any]]] = {}
+        """File -> (part name, entry); the newest of several."""
+        self._seen: set[str] = set()
+        for name in (PARTS, CLAIMS):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def refresh(self) -> None:
+        """Read the parts that were committed since the last call."""
+        for path in sorted((self.folder / PARTS).glob("*.jsonl")):
+            if path.name not in self._seen:
+                self._read(path)
+
+    def commit(self, part: Part) -> str:
+        """Write ``part`` so that it exists completely or not at all; return its name.
+
+        Raises:
+            OSError: The disk is full or cannot be written; nothing half-written counts.
+        """
+        keys = json.dumps([sorted(part.sources), sorted(part.texts), part.digests], sort_keys=True)
+        name = hashlib.sha256(keys.encode()).hexdigest()[:20]
+        folder = self.folder / PARTS
+        if part.tensors:
+            with _replacing(folder / f"{name}.safetensors") as temporary:
+                save_file({key: part.tensors[key].contiguous() for key in part.tensors}, temporary)
+        entries: list[dict[str, Any]] = [
+            *({"source": key, **entry} for key, entry in part.sources.items()),
+            *({"text": key, "tokens": tokens} for key, tokens in part.texts.items()),
+            *({"file": file, **digest} for file, digest in part.digests.items()),
+        ]
+        write_lines(folder / f"{name}.jsonl", entries)
+        self._read(folder / f"{name}.jsonl")
+        return name
+
+    def prune(self, used: set[str]) -> None:
+        """Delete the parts that are not in ``used``; call it with :meth:`lock` held."""
+        for path in (self.folder / PARTS).iterdir():
+            # A tensor file without a list that was read is a commit that another process may be
+            # about to finish; what a killed one left is only recognisable by its age.
+            name = path.name.split(".")[0]
+            unused = name not in used and f"{name}.jsonl" in self._seen
+            if unused or (path.suffix == ".tmp" and time.time() - path.stat().st_mtime > _STALE_S):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold the named lock; yield whether it was obtained.
+
+        The kernel releases it when the process ends in any way, so a killed process blocks nobody.
+
+        Args:
+            name: Which lock.
+            wait: Wait for another holder instead of yielding False.
+        """
+        with (self.folder / CLAIMS / f"{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _read(self, path: Path) -> None:
+        name = path.stem
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:  # pruned by another process after the listing
+            return
+        for line in text.splitlines():
+            entry = json.loads(line)
+            if "source" in entry:
+                self.sources[entry.pop("source")] = (name, entry)
+            elif "text" in entry:
+                self.texts[entry["text"]] = (name, entry["tokens"])
+            else:
+                file = entry.pop("file")
+                known = self.digests.get(file)
+                if known is None or known[1]["hashed_ns"] <= entry["hashed_ns"]:
+                    self.digests[file] = (name, entry)
+        self._seen.add(path.name)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` as JSON lines, complete or not at all."""
+    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, complete or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def key_of(*parts: str | Mapping[str, Any]) -> str:
+    """Return a 20-digit hexadecimal hash of strings and JSON-able mappings."""
+    text = "\x1f".join(
+        part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in parts
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors files are private otherwise; stores are shared
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
