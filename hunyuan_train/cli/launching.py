@@ -33,3 +33,15 @@ def joined_world(cfg: RunConfig) -> Iterator[World]:
         yield world
     finally:
         close_world()
+
+
+def run_folder(argv: Sequence[str]) -> str:
+    """Return the ``run.dir`` among the overrides of a verb that needs an existing run.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    for argument in argv:
+        if argument.startswith("run.dir="):
+            return argument.removeprefix("run.dir=")
+    raise ValueError("which run? give run.dir=FOLDER")

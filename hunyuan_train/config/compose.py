@@ -68,16 +68,24 @@ def config_dict(cfg: Any) -> dict[str, Any]:
     return dataclasses.asdict(cfg)
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a config that :func:`save_config` wrote.
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config that :func:`save_config` wrote and change single fields of it.
+
+    Args:
+        path: The YAML file.
+        overrides: ``section.field=value``; groups are fixed in a saved config.
 
     Raises:
-        ValueError: if the file is missing or holds unknown or ill-typed fields.
+        ValueError: if the file is missing or a field is unknown or ill-typed.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give run.dir the folder of a run")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(RunConfig),
+            OmegaConf.load(path),
+            OmegaConf.from_dotlist(list(overrides)),
+        )
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {_explain(error)}") from error
     assert isinstance(merged, DictConfig)

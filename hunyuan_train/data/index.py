@@ -67,6 +67,8 @@ class StoreMeta:
     text_dim: int
     pooled_dim: int
     vae_fingerprint: str
+    scaling_factor: float
+    """What the unscaled latents are multiplied with before the diffusion model sees them."""
     text_fingerprint: str
     config_hash: str
     """Hash of every setting that changes the stored numbers."""
@@ -92,6 +94,7 @@ class LatentStore:
         used = {row.shard for row in rows} | {row.text_shard for row in rows}
         self.num_bytes = sum(self._shard_path(name).stat().st_size for name in used)
         self._cache: dict[str, Tensor] | None = None
+        self._empty: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -146,9 +149,14 @@ class LatentStore:
         return {"mean": mean, "std": std, **self._padded(states, pooled)}
 
     def empty(self, media: str) -> dict[str, Tensor]:
-        """Read the features of the empty caption: ``states``, ``mask``, ``pooled`` as in load."""
-        entry = self.meta.empty_texts[media]
-        return self._padded(*self._text(entry["shard"], entry["key"]))
+        """Read the features of the empty caption: ``states``, ``mask``, ``pooled`` as in load.
+
+        Every call returns the same tensors; they are not to be changed in place.
+        """
+        if media not in self._empty:
+            entry = self.meta.empty_texts[media]
+            self._empty[media] = self._padded(*self._text(entry["shard"], entry["key"]))
+        return self._empty[media]
 
     def latents(self, row: SampleRow) -> tuple[Tensor, Tensor]:
         """Read posterior mean and std, float32 [C, T, h, w]; not to be changed in place."""

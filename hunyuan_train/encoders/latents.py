@@ -40,6 +40,7 @@ class LatentEncoder:
         vae: The VAE, already on ``device``; its gradients are not used.
         device: Where pixels are sent for encoding.
         dtype: Number format of the pixels; that of the VAE's weights.
+        scaling_factor: What the VAE's latents are multiplied with before the diffusion model.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class LatentEncoder:
         vae: VideoVae,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        scaling_factor: float = 1.0,
     ) -> None:
         self._vae = vae
         self._device = torch.device(device)
         self._dtype = dtype
+        self.scaling_factor = scaling_factor
         # The config holds what the weights do not show, such as the tiling.
         salt = f"{getattr(vae, 'cfg', '')}\0{dtype}"
         self.fingerprint = weights_fingerprint(vae.state_dict(), salt)

@@ -84,7 +84,8 @@ def precompute_from_config(cfg: RunConfig, world: World) -> PrecomputeSummary:
         )
     vae = load_vae(cfg.run.vae, world.device)
     text = build_text_encoder(cfg.text, world.device)
-    encoder = LatentEncoder(vae, world.device, next(vae.parameters()).dtype)
+    dtype = next(vae.parameters()).dtype
+    encoder = LatentEncoder(vae, world.device, dtype, vae.cfg.scaling_factor)
     return precompute(cfg.data, encoder, text, world.rank, world.size)
 
 

@@ -45,6 +45,7 @@ def merge(worker: Worker, listing: SourceList) -> tuple[list[SampleRow], list[Qu
         text_dim=worker.text.text_dim,
         pooled_dim=worker.text.pooled_dim,
         vae_fingerprint=worker.vae.fingerprint,
+        scaling_factor=worker.vae.scaling_factor,
         text_fingerprint=worker.text.fingerprint,
         config_hash=worker.config_hash,
         empty_texts={media: _empty_text(worker, media, used) for media in MEDIA},

@@ -1,8 +1,17 @@
 """The `sample` section: what to sample and how."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from hunyuan_train.data.buckets import Bucket
+
+
+class SampleWeights(StrEnum):
+    """Which weights of a run to sample from; all but `initial` are sections of its checkpoints."""
+
+    ema = "ema"
+    model = "model"
+    initial = "initial"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -11,6 +20,10 @@ class SampleConfig:
 
     prompts: list[str] = field(default_factory=list)
     """What to sample, one video per entry and repetition."""
+    prompts_file: str = ""
+    """Text file with further prompts, one a line."""
+    output: str = ""
+    """Folder for the videos and the contact sheet; empty is `samples` in the run's folder."""
     negative_prompt: str = ""
     """Text of the unconditional branch; used when `cfg_scale` is not 1."""
     steps: int = 50
@@ -41,8 +54,8 @@ class SampleConfig:
     """Seed of the initial noise."""
     num_per_prompt: int = 1
     """Videos per prompt, each from its own noise."""
-    ema: bool = True
-    """Sample from the averaged weights."""
+    weights: SampleWeights = SampleWeights.ema
+    """`ema`: averaged weights; `model`: the last ones; `initial`: untrained, for comparison."""
     batch_size: int = 1
     """Videos sampled at once; it does not change them."""
 

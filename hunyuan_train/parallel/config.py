@@ -8,7 +8,7 @@ class ParallelConfig:
     """Layout of one run; ``dp_shard`` follows from the world size."""
 
     zero_stage: int = 3
-    """2 keeps the gathered parameters between forward and backward; 3 frees and gathers them again."""
+    """2 keeps gathered parameters from forward to backward; 3 frees and gathers them again."""
 
     dp_replicate: int = 1
     """Replicas of the sharded group (HSDP); must divide the world size."""

@@ -32,7 +32,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this process has held: device memory on CUDA, resident set on a CPU."""
+    """Return the most memory this process has held: of the device on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

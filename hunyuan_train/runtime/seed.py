@@ -1,8 +1,8 @@
 """Random numbers keyed by what they are for, not by which rank draws them.
 
-Every draw names the run seed, its purpose ("noise", "time", "text_drop", "posterior", ...), the global
-sample id and the epoch. The key is hashed to a 128-bit Philox key, so a draw is the same on any rank,
-in any layout, in any order, before and after a restart.
+Every draw names the run seed, its purpose ("noise", "time", "text_drop", "posterior", ...), the
+global sample id and the epoch. The key is hashed to a 128-bit Philox key, so a draw is the same on
+any rank, in any layout, in any order, before and after a restart.
 """
 
 import hashlib

@@ -1,0 +1,134 @@
+"""From a run folder and prompts to mp4 files and a contact sheet, the prompts shared by the ranks."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_train.checkpoint.load import find_checkpoint, load_weights
+from hunyuan_train.config.compose import CONFIG_NAME
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.engine.curriculum import read_ledger
+from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
+from hunyuan_train.evaluation.sample import SampledVideo, sample_videos
+from hunyuan_train.evaluation.video import (
+    SHEET_COLUMNS,
+    even_frames,
+    write_contact_sheet,
+    write_mp4,
+    write_png,
+)
+from hunyuan_train.models.registry import build_model
+from hunyuan_train.models.vae.state_dict import load_vae
+from hunyuan_train.parallel.init import init_parameters
+from hunyuan_train.runtime.dist import World, gather_objects
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """Where the newest weights of a run are."""
+
+    config: Path
+    checkpoint: Path
+
+
+def newest_weights(folder: Path) -> FinishedRun:
+    """Find config and newest checkpoint of a run; of a curriculum, those of its newest stage.
+
+    Raises:
+        ValueError: if the folder is not a run's, or the run has not saved a checkpoint yet.
+    """
+    stages = sorted((folder / "stages").glob(f"*/{CONFIG_NAME}"), reverse=True)
+    if not stages and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_NAME} or stages")
+    for config in stages or [folder / CONFIG_NAME]:
+        if any((config.parent / "checkpoints").glob("step-*")):
+            return FinishedRun(config=config, checkpoint=find_checkpoint(config.parent))
+    done = ", ".join(read_ledger(folder)) or "none"
+    raise ValueError(f"{folder} holds no checkpoint yet (finished stages: {done}); train it first")
+
+
+def load_model(cfg: RunConfig, checkpoint: Path, device: torch.device) -> nn.Module:
+    """Build the model on one device with the weights ``sample.weights`` names, for inference."""
+    with torch.device("meta"):
+        model = build_model(cfg.model)
+    model.to_empty(device="cpu")
+    if cfg.sample.weights is SampleWeights.initial:
+        init_parameters(model, model.init_rules(), cfg.run.seed)
+    else:
+        model.load_state_dict(load_weights(checkpoint, cfg.sample.weights.value))
+    return model.to(device, getattr(torch, cfg.parallel.compute_dtype)).eval()
+
+
+def read_prompts(cfg: SampleConfig) -> list[str]:
+    """Return the prompts of ``sample.prompts`` and of the lines of ``sample.prompts_file``.
+
+    Raises:
+        ValueError: if the file is missing or there is no prompt at all.
+    """
+    prompts = list(cfg.prompts)
+    if cfg.prompts_file:
+        path = Path(cfg.prompts_file)
+        if not path.is_file():
+            raise ValueError(f"sample.prompts_file={path} does not exist; write one prompt a line")
+        prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError('no prompts; give sample.prompts=["..."] or sample.prompts_file=FILE')
+    return prompts
+
+
+def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
+    """Sample every prompt, each rank its share, and return the folder with the files.
+
+    The folder holds ``000-0.mp4`` (prompt number, repeat), ``.png`` for single frames, and
+    ``contact_sheet.png``.
+
+    Raises:
+        ValueError: for missing prompts, VAE, text encoder or weights.
+    """
+    if not cfg.run.vae:
+        raise ValueError("run.vae is empty; give it the folder of the VAE that made the latents")
+    prompts = read_prompts(cfg.sample)
+    vae = load_vae(cfg.run.vae, world.device)
+    text_encoder = build_text_encoder(cfg.text, world.device)
+    model = load_model(cfg, checkpoint, world.device)
+    folder = Path(cfg.sample.output or Path(cfg.run.dir) / "samples")
+    count = len(prompts) * cfg.sample.num_per_prompt
+    videos = sample_videos(
+        model,
+        vae,
+        text_encoder,
+        prompts,
+        cfg.sample,
+        progress=_log_progress if world.rank == 0 else None,
+        items=range(world.rank, count, world.size),
+    )
+    mine: list[tuple[int, int, str, Tensor]] = []
+    for video in videos:
+        write_sample(folder, video, cfg.sample)
+        preview = even_frames(video.pixels, SHEET_COLUMNS).clone()
+        mine.append((video.prompt_index, video.repeat, video.prompt, preview))
+    rows = sorted((row for part in gather_objects(mine) for row in part), key=lambda r: r[:2])
+    if world.rank == 0:
+        sheet = folder / "contact_sheet.png"
+        write_contact_sheet(sheet, [row[3] for row in rows], [row[2] for row in rows])
+        log.info("wrote %d samples of %s to %s", count, checkpoint, folder)
+    return folder
+
+
+def write_sample(folder: Path, video: SampledVideo, cfg: SampleConfig) -> Path:
+    """Write one sample as mp4, or as png when it is a single frame, and return its path."""
+    name = f"{video.prompt_index:03d}-{video.repeat}"
+    if video.pixels.shape[1] == 1:
+        return write_png(folder / f"{name}.png", video.pixels)
+    return write_mp4(folder / f"{name}.mp4", video.pixels, cfg.fps, cfg.crf)
+
+
+def _log_progress(done: int, total: int) -> None:
+    if done == total or done % max(1, total // 10) == 0:
+        log.info("sampling: %d of %d model steps", done, total)
