@@ -172,7 +172,7 @@ def _load_clip(cfg: TextEncoderConfig) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _from_pretrained(kind: Any, field: str, folder: str, cfg: TextEncoderConfig) -> nn.Module:
+def _from_pretrained(kind: Any, field: str, folder: str, cfg: TextEncoderConfig) -> Any:
     """Load a model and refuse one with weights missing: transformers would make those up."""
     try:
         model, report = kind.from_pretrained(
@@ -194,7 +194,7 @@ def _from_pretrained(kind: Any, field: str, folder: str, cfg: TextEncoderConfig)
     return model
 
 
-def _check_width(field: str, folder: str, model: nn.Module, size_field: str, size: int) -> None:
+def _check_width(field: str, folder: str, model: Any, size_field: str, size: int) -> None:
     found = model.config.hidden_size
     if found != size:
         raise ValueError(

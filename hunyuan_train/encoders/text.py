@@ -1,6 +1,6 @@
 """The text encoder interface and the one place that builds an encoder from config."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,6 +10,7 @@ from hunyuan_train.encoders.features import TextFeatures, concatenate
 __all__ = ["TextEncoder", "TextFeatures", "build_text_encoder", "concatenate"]
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Turns captions into the conditioning of the diffusion model."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import TextEncoder
 from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.conditioning import guidance_input
 from hunyuan_train.objectives.flow_matching import model_time
 from hunyuan_train.objectives.timesteps import shift_sigmas
@@ -17,6 +20,28 @@ from hunyuan_train.runtime.seed import keyed_normal
 
 Progress = Callable[[int, int], None]
 """Called with (model steps done, model steps in all)."""
+
+
+@runtime_checkable
+class LatentDecoder(Protocol):
+    """What sampling needs of a VAE."""
+
+    @property
+    def cfg(self) -> VaeConfig:
+        """Its configuration."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters; they tell device and precision."""
+        ...
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Undo the scaling that diffusion latents carry."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn unscaled latents into pixels."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +175,7 @@ class _Velocity:
 @torch.no_grad()
 def sample_videos(
     model: nn.Module,
-    vae: nn.Module,
+    vae: LatentDecoder,
     text_encoder: TextEncoder,
     prompts: Sequence[str],
     cfg: SampleConfig,
@@ -164,7 +189,7 @@ def sample_videos(
 
     Args:
         model: the diffusion model; `model.cfg.guidance_embed` decides whether guidance is fed.
-        vae: has `unscale(latents)`, `decode(latents)` and `cfg.latent_channels`.
+        vae: turns latents into pixels, one video at a time.
         text_encoder: encodes the prompts and the negative prompt before sampling starts.
         prompts: texts; usually `cfg.prompts`.
         cfg: sizes and sampler settings; `cfg.prompts` is not read.
@@ -178,6 +203,7 @@ def sample_videos(
         raise ValueError("there is nothing to sample; list prompts in sample.prompts")
     media = cfg.bucket.media
     device = next(model.parameters()).device
+    guidance = cfg.guidance if cast(HunyuanConfig, model.cfg).guidance_embed else None
     features = text_encoder.encode(list(prompts), media).to(device)
     negative = None
     if cfg.cfg_scale != 1:
@@ -206,7 +232,7 @@ def sample_videos(
             steps=cfg.steps,
             shift=cfg.shift,
             cfg_scale=cfg.cfg_scale,
-            guidance=cfg.guidance if model.cfg.guidance_embed else None,
+            guidance=guidance,
             batched_cfg=cfg.batched_cfg,
             progress=count_step,
         )
@@ -221,7 +247,7 @@ def sample_videos(
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: LatentDecoder, latents: Tensor) -> Tensor:
     """Decode scaled latents [B, C, T, h, w] to pixels [B, 3, F, H, W], float32 on the CPU."""
     parameter = next(vae.parameters())
     pixels = vae.decode(vae.unscale(latents).to(parameter.device, parameter.dtype))

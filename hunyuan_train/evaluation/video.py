@@ -1,8 +1,9 @@
 """Writing samples: mp4 files, still images, and one contact sheet of all prompts."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -66,7 +67,8 @@ def write_mp4(
     codec = codec or choose_codec()
     partial = path.with_name(f"{path.name}.partial")
     with av.open(str(partial), mode="w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=fps, options=_quality(codec, crf))
+        options = _quality(codec, crf)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         _tag_bt709(stream.codec_context)
@@ -171,10 +173,10 @@ def _thumbnails(pixels: Tensor, cell_px: int) -> list[Image.Image]:
     frames = [Image.fromarray(frame) for frame in to_uint8(pixels)]
     longer = max(frames[0].size)
     factor = cell_px // longer if longer <= cell_px else cell_px / longer
-    size = tuple(max(1, round(side * factor)) for side in frames[0].size)
+    width, height = (max(1, round(side * factor)) for side in frames[0].size)
     # Nearest on the way up keeps tiny samples honest: no smoothing hides their pixels.
     method = Image.Resampling.NEAREST if longer <= cell_px else Image.Resampling.LANCZOS
-    return [frame.resize(size, method) for frame in frames]
+    return [frame.resize((width, height), method) for frame in frames]
 
 
 def _wrap(
@@ -197,29 +199,13 @@ def _wrap(
     return [*kept[:-1], f"{kept[-1]} ..."]
 
 
-def write_samples(
-    folder: Path | str, samples: Iterable[SampledVideo], cfg: SampleConfig
-) -> list[Path]:
-    """Write every sample as it arrives, then the contact sheet; memory holds one video at a time.
-
-    Files are `000-0.mp4` (prompt index, repeat), PNG for single frames, and `contact_sheet.png`.
+def write_sample(folder: Path | str, sample: SampledVideo, cfg: SampleConfig) -> Path:
+    """Write one sample as `000-0.mp4` (prompt index, repeat), a single frame as PNG.
 
     Returns:
-        The paths written, the sheet last.
-
-    Raises:
-        ValueError: no samples.
+        The path of the file.
     """
-    folder = Path(folder)
-    paths: list[Path] = []
-    previews: list[Tensor] = []
-    captions: list[str] = []
-    for sample in samples:
-        name = f"{sample.prompt_index:03d}-{sample.repeat}"
-        if sample.pixels.shape[1] == 1:
-            paths.append(write_png(folder / f"{name}.png", sample.pixels))
-        else:
-            paths.append(write_mp4(folder / f"{name}.mp4", sample.pixels, cfg.fps, cfg.crf))
-        previews.append(even_frames(sample.pixels, SHEET_COLUMNS).clone())
-        captions.append(sample.prompt)
-    return [*paths, write_contact_sheet(folder / "contact_sheet.png", previews, captions)]
+    name = f"{sample.prompt_index:03d}-{sample.repeat}"
+    if sample.pixels.shape[1] == 1:
+        return write_png(Path(folder) / f"{name}.png", sample.pixels)
+    return write_mp4(Path(folder) / f"{name}.mp4", sample.pixels, cfg.fps, cfg.crf)

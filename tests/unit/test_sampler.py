@@ -212,6 +212,14 @@ def test_videos_do_not_depend_on_batching_or_sharing(text_encoder: TextEncoder) 
     assert all((other[key] - whole[key]).abs().max() > 0.01 for key in whole)
 
 
+def test_every_video_starts_from_its_own_noise(text_encoder: TextEncoder) -> None:
+    cfg = config(num_per_prompt=2)
+    videos = list(sample_videos(TinyVelocity(), TinyVae(), text_encoder, ["a", "a"], cfg))
+    for number, video in enumerate(videos):
+        for other in videos[:number]:
+            assert (video.pixels - other.pixels).abs().mean() > 0.1
+
+
 def test_latents_are_unscaled_before_decoding(text_encoder: TextEncoder) -> None:
     class Zero(TinyVelocity):
         def forward(self, latents: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -235,19 +243,20 @@ def test_guidance_is_fed_only_to_models_that_embed_it(
     assert fed == [[4500.0] if guidance_embed else None] * 3
 
 
-def test_media_follows_the_number_of_frames() -> None:
-    class Spy:
-        seen: list[str] = []  # noqa: RUF012
+def test_media_follows_the_number_of_frames(
+    text_encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    encode = text_encoder.encode
 
-        def encode(self, captions: list[str], media: str) -> TextFeatures:
-            self.seen.append(media)
-            return TextFeatures(
-                states=torch.zeros(1, 1, 1), mask=torch.ones(1, 1).bool(), pooled=torch.zeros(1, 1)
-            )
+    def record(captions: list[str], media: str) -> TextFeatures:
+        seen.append(media)
+        return encode(captions, media)
 
+    monkeypatch.setattr(text_encoder, "encode", record)
     for frames in (1, 5):
-        list(sample_videos(TinyVelocity(), TinyVae(), Spy(), ["a"], config(frames=frames)))
-    assert Spy.seen == ["image", "video"]
+        list(sample_videos(TinyVelocity(), TinyVae(), text_encoder, ["a"], config(frames=frames)))
+    assert seen == ["image", "video"]
 
 
 def test_no_prompts_is_refused(text_encoder: TextEncoder) -> None:

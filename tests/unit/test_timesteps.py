@@ -12,7 +12,9 @@ IDS = [f"clip-{number}" for number in range(4000)]
 EPOCHS = [0] * len(IDS)
 
 
-@pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (-0.5, 0.7, 1.0), (0, 1, 7.0)])
+@pytest.mark.parametrize(
+    ("mean", "std", "shift"), [(0.0, 1.0, 1.0), (-0.5, 0.7, 1.0), (0.0, 1.0, 7.0)]
+)
 def test_logits_are_normal_and_shift_adds_its_logarithm(
     mean: float, std: float, shift: float
 ) -> None:
