@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -119,16 +120,30 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     }
 
 
+def first_cause(error: CheckpointException) -> str:
+    """Return rank, type and message of the first failure behind torch's collective exception."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
 def read_tensors(folder: Path, flat: dict[str, Tensor], ranks: Ranks) -> None:
-    """Fill ``flat`` (stored name -> tensor) in place; every rank reads only the parts it holds."""
-    with without_dist_warning():
-        load(
-            flat,
-            storage_reader=FileSystemReader(folder),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=ranks.group,
-            no_dist=not ranks.active,
-        )
+    """Fill ``flat`` (stored name -> tensor) in place; every rank reads only the parts it holds.
+
+    Raises:
+        DamagedCheckpointError: Some rank cannot read the files; raised on every rank.
+    """
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with without_dist_warning():
+            load(
+                flat,
+                storage_reader=FileSystemReader(folder),
+                planner=planner,
+                process_group=ranks.group,
+                no_dist=not ranks.active,
+            )
+    except CheckpointException as error:  # A BaseException that no caller expects.
+        raise DamagedCheckpointError(f"{folder} cannot be read: {first_cause(error)}") from error
 
 
 def inspect(folder: Path, ranks: Ranks, *, hashes: bool) -> tuple[Manifest | None, list[Damage]]:
@@ -179,9 +194,7 @@ def find_checkpoint(folder: str | Path) -> Path:
         if not damage:
             return candidate
         log.warning("%s is damaged and skipped: %s", candidate, describe(damage))
-    raise ValueError(
-        f"{folder} holds no checkpoint: expected a run folder with checkpoints/step-..."
-    )
+    raise ValueError(f"{folder} holds no checkpoint: give a run folder or a step-... folder")
 
 
 def _inspected(folder: Path, ranks: Ranks, *, hashes: bool) -> Manifest:

@@ -21,6 +21,7 @@ from hunyuan_train.checkpoint.load import (
     check_identity,
     check_tensors,
     describe,
+    first_cause,
     flatten,
     inspect,
     read_tensors,
@@ -31,6 +32,7 @@ from hunyuan_train.checkpoint.storage import (
     DAMAGED,
     INCOMPLETE,
     Damage,
+    DamagedCheckpointError,
     FileRecord,
     HashingWriter,
     Manifest,
@@ -201,7 +203,7 @@ class CheckpointManager:
         reports = self._ranks.gather((own, writer.records))
         failure = next((error for error, _ in reports if error is not None), None)
         if failure is None and raised is not None:
-            raise raised
+            raise RuntimeError(f"saving {scratch} failed: {first_cause(raised)}") from raised
         if failure is not None:
             return failure
         records: dict[str, FileRecord] = {}
@@ -220,7 +222,7 @@ class CheckpointManager:
         fsync_folder(scratch)
         replaced = target.with_name(target.name + DAMAGED)
         if target.is_dir():
-            # Only a checkpoint that a restore has passed over is written again.
+            # A damaged one that could not be renamed, or a run that was told to start over.
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         scratch.rename(target)
@@ -261,7 +263,8 @@ class CheckpointManager:
         """Fill ``tensors`` in place from the newest good checkpoint; every rank calls it.
 
         Any number of ranks and any sharding can read any checkpoint. Damaged ones are named, passed
-        over, and renamed to ``step-....damaged`` once an older good one is found.
+        over, and renamed to ``step-....damaged`` once an older good one is found; they are deleted
+        when their step is saved again.
 
         Args:
             tensors: The same nested names as given to ``save``; values are bitwise those saved.
@@ -285,7 +288,15 @@ class CheckpointManager:
                 continue
             check_identity(path, manifest.identity, self._identity)
             check_tensors(path, stored_tensors(path), flat, dtypes=True)
-            read_tensors(path, flat, self._ranks)
+            try:
+                read_tensors(path, flat, self._ranks)
+            except DamagedCheckpointError as error:
+                # Possible without the hashes; what was filled so far is filled again from an older
+                # one.
+                damaged[path] = [Damage(file=path.name, reason=str(error), certain=False)]
+                if self._ranks.is_first:
+                    log.warning("skipping a checkpoint: %s", error)
+                continue
             self._ranks.gather(None)
             self._set_aside(damaged)
             self._last_saved = step

@@ -78,6 +78,7 @@ def dit_forward_flops(
     vec = two_layers(_SINUSOID_DIM) * (2 if guidance_embed else 1) + two_layers(pooled_dim)
     refiner = (
         txt_tokens * text_dim * d
+        + txt_tokens * text_dim  # The mean over valid tokens is a product with the mask.
         + two_layers(_SINUSOID_DIM)
         + two_layers(text_dim)
         + refiner_depth * (txt_tokens * (4 * d * d + 2 * d * mlp) + 2 * d * d)

@@ -76,7 +76,7 @@ class TensorBoardTracker:
         """Write into ``folder``; TensorBoard then hides older events after ``start_step``."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log(self, step: int, row: Row) -> None:
         """Add numbers as scalars and strings as texts."""

@@ -24,6 +24,7 @@ class Ema:
     def __init__(self, model: nn.Module, cfg: OptimizerConfig) -> None:
         """Start from the present weights of ``model``."""
         self._cfg = cfg
+        self._model = model
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shadow = {
             # copy=True: without it a float32 parameter would be its own average.
@@ -99,6 +100,11 @@ class Ema:
     @torch.no_grad()
     def _exchange(self, backup: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Exchange weights and shadow; ``backup`` holds the narrow weights to put back."""
+        # fully_shard keeps the gathered weights of the root after a forward without a backward, and
+        # the next forward would use them instead of the exchanged shards.
+        for module in self._model.modules():
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
         narrow: dict[str, Tensor] = {}
         for name, param in self._params.items():
             weight, shadow = _local(param.detach()), _local(self._shadow[name])

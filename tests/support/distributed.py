@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = [
+    "pytest",
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",

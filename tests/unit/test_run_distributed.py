@@ -38,5 +38,5 @@ def test_the_traceback_of_the_failed_rank_is_raised():
 
 
 def test_a_dead_rank_is_named_with_its_exit_code():
-    with pytest.raises(RankError, match="rank 1 died with exit code 7|rank 0 of 2 failed"):
+    with pytest.raises(RankError, match=r"rank 1 died with exit code 7|rank 0 of 2 failed"):
         run_distributed(_second_rank_dies, 2)

@@ -1,0 +1,141 @@
+"""The closed-form FLOP count against torch's counter on real modules, and against published
+sizes."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.observability.flops import ForwardFlops, dit_forward_flops, peak_tflops
+
+RELEASED = {
+    "hidden_size": 3072,
+    "double_blocks": 20,
+    "single_blocks": 40,
+    "mlp_ratio": 4.0,
+    "patch_in": 64,
+    "patch_out": 64,
+    "text_dim": 4096,
+    "pooled_dim": 768,
+    "refiner_depth": 2,
+    "guidance_embed": True,
+}
+
+
+def _closed_form(cfg: HunyuanConfig, batch: int, img_tokens: int, txt_tokens: int) -> ForwardFlops:
+    patch = cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
+    return dit_forward_flops(
+        batch=batch,
+        img_tokens=img_tokens,
+        txt_tokens=txt_tokens,
+        hidden_size=cfg.hidden_size,
+        double_blocks=cfg.num_double_blocks,
+        single_blocks=cfg.num_single_blocks,
+        mlp_ratio=cfg.mlp_ratio,
+        patch_in=cfg.in_channels * patch,
+        patch_out=cfg.out_channels * patch,
+        text_dim=cfg.text_dim,
+        pooled_dim=cfg.pooled_dim,
+        refiner_depth=cfg.refiner_depth,
+        guidance_embed=cfg.guidance_embed,
+    )
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "grid", "txt", "double", "single", "depth", "ratio"),
+    [
+        (1, (1, 8, 8), 5, 1, 1, 1, 4.0),
+        (3, (2, 6, 4), 9, 2, 3, 2, 2.0),
+        (2, (3, 4, 4), 7, 0, 2, 0, 4.0),
+    ],
+)
+def test_it_equals_torch_flop_counter(
+    guidance: bool,
+    batch: int,
+    grid: tuple[int, int, int],
+    txt: int,
+    double: int,
+    single: int,
+    depth: int,
+    ratio: float,
+):
+    cfg = HunyuanConfig(
+        hidden_size=32,
+        num_heads=2,
+        num_double_blocks=double,
+        num_single_blocks=single,
+        mlp_ratio=ratio,
+        in_channels=4,
+        out_channels=6,
+        rope_axes=[4, 6, 6],
+        text_dim=24,
+        pooled_dim=20,
+        refiner_depth=depth,
+        guidance_embed=guidance,
+    )
+    model = HunyuanVideo(cfg)
+    mask = torch.ones(batch, txt, dtype=torch.bool)
+    mask[0, -2:] = False
+    counter = FlopCounterMode(display=False)
+    # The flash kernel of the CPU is not known to the counter; the matrix products of the math form
+    # are.
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        model(
+            torch.randn(batch, 4, *grid),
+            torch.full((batch,), 500.0),
+            torch.randn(batch, txt, 24),
+            mask,
+            torch.randn(batch, 20),
+            torch.full((batch,), 6000.0) if guidance else None,
+        )
+    expected = _closed_form(cfg, batch, grid[0] * grid[1] * grid[2] // 4, txt)
+    assert counter.get_total_flops() == expected.total
+    by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    masked_mean = 2 * batch * txt * cfg.text_dim
+    assert by_op["aten.bmm"] == expected.attention + masked_mean
+
+
+def test_the_released_model_at_720p_needs_12_pflop():
+    flops = dit_forward_flops(batch=1, img_tokens=118_800, txt_tokens=256, **RELEASED)
+    assert flops.total / 1e15 == pytest.approx(12.07, abs=0.005)
+    assert flops.linear / 1e15 == pytest.approx(1.62, abs=0.005)
+    assert flops.attention / 1e15 == pytest.approx(10.45, abs=0.005)
+    assert flops.training == 3 * flops.total
+
+
+def test_the_backward_of_a_linear_layer_costs_twice_its_forward():
+    layer = torch.nn.Linear(16, 8)
+    data = torch.randn(4, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = layer(data).sum()
+    with FlopCounterMode(display=False) as backward:
+        out.backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_the_cpu_peak_is_measured_and_positive():
+    peak = peak_tflops("cpu")
+    assert peak.source == "measured"
+    assert 1e-3 < peak.tflops < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+    ],
+)
+def test_known_devices_use_the_data_sheet(
+    name: str, tflops: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_tflops("cuda:0")
+    assert (peak.tflops, peak.source, peak.device) == (tflops, "data sheet", name)

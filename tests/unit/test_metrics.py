@@ -1,0 +1,231 @@
+"""Rows of metrics on disk, rates, the progress line and the logger."""
+
+import builtins
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hunyuan_train.observability.config import LoggingConfig, ProgressKind, WandbMode
+from hunyuan_train.observability.logging import setup_logging
+from hunyuan_train.observability.metrics import MetricLogger, Throughput, to_host
+from hunyuan_train.observability.progress import Progress, format_duration, format_row
+
+
+def _rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_row_reaches_jsonl_and_tensorboard(tmp_path: Path):
+    logger = MetricLogger(tmp_path, LoggingConfig())
+    row = logger.emit(10, {"loss": torch.tensor(0.5), "lr": 1e-3, "tokens": 7, "stage": "video"})
+    logger.close()
+    assert row == {"loss": 0.5, "lr": 1e-3, "tokens": 7, "stage": "video"}
+    (written,) = _rows(tmp_path)
+    assert written.pop("time") > 1e9
+    assert written == {"step": 10, **row}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5)]
+
+
+def test_a_resumed_run_leaves_no_duplicate_steps(tmp_path: Path):
+    first = MetricLogger(tmp_path, LoggingConfig())
+    for step in (10, 20, 30):
+        first.emit(step, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 40, "lo')  # Killed while writing.
+    second = MetricLogger(tmp_path, LoggingConfig(), start_step=20)
+    for step in (30, 40):
+        second.emit(step, {"loss": -float(step)})
+    second.close()
+    assert [(r["step"], r["loss"]) for r in _rows(tmp_path)] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, -30.0),
+        (40, -40.0),
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, -30.0),
+        (40, -40.0),
+    ]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path):
+    for loss in (1.0, 2.0):
+        logger = MetricLogger(tmp_path, LoggingConfig(), start_step=0)
+        logger.emit(10, {"loss": loss})
+        logger.close()
+    assert [(r["step"], r["loss"]) for r in _rows(tmp_path)] == [(10, 2.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 2.0)]
+
+
+def test_rows_are_on_disk_before_the_run_ends(tmp_path: Path):
+    logger = MetricLogger(tmp_path, LoggingConfig())
+    logger.emit(1, {"loss": 1.0})
+    assert len(_rows(tmp_path)) == 1
+    logger.close()
+
+
+def test_values_json_does_not_know_become_null(tmp_path: Path):
+    logger = MetricLogger(tmp_path, LoggingConfig())
+    row = logger.emit(1, {"loss": torch.tensor(float("nan")), "norm": float("inf")})
+    logger.close()
+    assert row["norm"] == float("inf")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert _rows(tmp_path)[0]["loss"] is None
+
+
+def test_only_the_first_rank_writes(tmp_path: Path):
+    logger = MetricLogger(tmp_path / "run", LoggingConfig(), rank=1)
+    assert logger.emit(1, {"loss": torch.tensor(1.0)}) == {}
+    logger.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_device_values_keep_their_exact_value():
+    big = 2**31 + 1
+    values = {
+        "count": torch.tensor(big),
+        "third": torch.tensor(1 / 3),
+        "one": torch.ones(1),
+        "n": 3,
+    }
+    assert to_host(values) == {
+        "count": float(big),
+        "third": torch.tensor(1 / 3).item(),
+        "one": 1.0,
+        "n": 3,
+    }
+
+
+def test_wandb_works_offline_and_a_restart_keeps_its_run(tmp_path: Path):
+    pytest.importorskip("wandb")
+    cfg = LoggingConfig(wandb_mode=WandbMode.offline)
+    for step in (1, 2):
+        logger = MetricLogger(tmp_path, cfg, start_step=step - 1, run_config={"a": {"b": 1}})
+        logger.emit(step, {"loss": 0.5})
+        logger.close()
+    run_id = (tmp_path / "wandb_id.txt").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert files
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+
+
+def test_missing_wandb_is_one_sentence_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = builtins.__import__
+
+    def without_wandb(name, *args, **kwargs):
+        if name == "wandb":
+            raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(
+        ValueError, match=r"needs the wandb package: pip install 'hunyuan_train\[wandb\]'"
+    ):
+        MetricLogger(tmp_path, LoggingConfig(wandb_mode=WandbMode.online))
+
+
+def test_rates_follow_from_work_and_time(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("hunyuan_train.observability.metrics.time.perf_counter", lambda: now[0])
+    throughput = Throughput(peak_tflops=10.0, world_size=2)
+    throughput.add(tokens=300, flops=4e12, data_wait_s=0.5)
+    throughput.add(tokens=100, flops=4e12)
+    now[0] = 102.0
+    assert throughput.take() == pytest.approx(
+        {"step_s": 1.0, "tokens_per_s": 200.0, "tflops": 2.0, "mfu": 0.2, "data_wait": 0.25}
+    )
+    now[0] = 103.0
+    assert throughput.take()["tokens_per_s"] == 0.0
+
+
+def test_the_plain_line_holds_what_people_watch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+    monkeypatch.setattr("hunyuan_train.observability.progress.time.monotonic", lambda: now[0])
+    cfg = LoggingConfig(progress=ProgressKind.lines)
+    row = {
+        "loss": 0.25,
+        "grad_norm": 1.5,
+        "lr": 1e-4,
+        "tokens_per_s": 12345.6,
+        "tflops": 1.25,
+        "mfu": 0.5,
+        "data_wait": 0.012,
+    }
+    with (
+        caplog.at_level(logging.INFO, logger="hunyuan_train"),
+        Progress(cfg, 120, start_step=20, label="image") as progress,
+    ):
+        now[0] = 10.0
+        progress.show(40, row)
+    assert caplog.messages == [
+        "image 40/120  loss 0.2500  norm 1.500  lr 1.00e-04  12,346 tok/s  1.25 TFLOP/s  "
+        "MFU 50.0%  data wait 1.2%  ETA 40s"
+    ]
+
+
+def test_other_ranks_and_off_show_nothing(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="hunyuan_train"):
+        for cfg, rank in (
+            (LoggingConfig(progress=ProgressKind.lines), 1),
+            (LoggingConfig(progress=ProgressKind.off), 0),
+        ):
+            with Progress(cfg, 10, rank) as progress:
+                progress.show(5, {"loss": 1.0})
+    assert caplog.messages == []
+
+
+def test_the_bar_shows_the_metrics(capsys: pytest.CaptureFixture[str]):
+    with Progress(LoggingConfig(progress=ProgressKind.bar), 10) as progress:
+        progress.advance(3)
+        progress.show(5, {"loss": 0.125})
+    shown = capsys.readouterr().err
+    assert "5/10" in shown
+    assert "loss 0.1250" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(44.6, "45s"), (725, "12m05s"), (12_000, "3h20m"), (187_300, "2d04h"), (59.7, "1m00s")],
+)
+def test_durations_are_short(seconds: float, text: str):
+    assert format_duration(seconds) == text
+
+
+def test_missing_metrics_are_left_out():
+    assert format_row({"loss": 1.0}) == "loss 1.0000"
+
+
+def test_the_first_rank_speaks_and_the_others_only_warn(capsys: pytest.CaptureFixture[str]):
+    setup_logging(LoggingConfig(), rank=0, world_size=2).info("from zero")
+    log = setup_logging(LoggingConfig(), rank=1, world_size=2)
+    log.info("from one")
+    log.warning("careful")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("[rank 0] I from zero")
+    assert lines[1].endswith("[rank 1] W careful")
+
+
+def test_a_cadence_below_one_step_is_refused():
+    with pytest.raises(ValueError, match=r"logging\.every_steps=0 must be at least 1"):
+        LoggingConfig(every_steps=0)
+    assert [s for s in range(1, 9) if LoggingConfig(every_steps=4).due(s)] == [4, 8]
