@@ -116,10 +116,15 @@ def _to_dataclasses(composed: DictConfig) -> RunConfig:
     """Build every section, collecting the complaints of all of them before raising."""
     sections: dict[str, Any] = {}
     problems: list[str] = []
-    known = {section.name for section in dataclasses.fields(RunConfig)}
+    owners = {section.name: section.type for section in dataclasses.fields(RunConfig)}
     for name in composed:
-        if name not in known:
+        if name not in owners:
             problems.append(_unknown_key(str(name)))
+            continue
+        # `+section.field=value` gets past the schema.
+        known = {field.name for field in dataclasses.fields(owners[str(name)])}  # pyright: ignore[reportArgumentType]
+        if extra := [key for key in composed[name] if key not in known]:
+            problems += [_unknown_key(f"{name}.{key}") for key in extra]
             continue
         try:
             sections[str(name)] = OmegaConf.to_object(composed[name])

@@ -1,4 +1,4 @@
-"""From a run folder and prompts to mp4 files and a contact sheet, the prompts shared by the ranks."""
+"""From a run folder and prompts to mp4 files and a contact sheet; ranks share the prompts."""
 
 import logging
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.curriculum import read_ledger
 from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
-from hunyuan_train.evaluation.sample import SampledVideo, sample_videos
+from hunyuan_train.evaluation.sample import sample_videos
 from hunyuan_train.evaluation.video import (
     SHEET_COLUMNS,
     even_frames,
     write_contact_sheet,
-    write_mp4,
-    write_png,
+    write_sample,
 )
 from hunyuan_train.models.registry import build_model
 from hunyuan_train.models.vae.state_dict import load_vae
@@ -119,14 +118,6 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         write_contact_sheet(sheet, [row[3] for row in rows], [row[2] for row in rows])
         log.info("wrote %d samples of %s to %s", count, checkpoint, folder)
     return folder
-
-
-def write_sample(folder: Path, video: SampledVideo, cfg: SampleConfig) -> Path:
-    """Write one sample as mp4, or as png when it is a single frame, and return its path."""
-    name = f"{video.prompt_index:03d}-{video.repeat}"
-    if video.pixels.shape[1] == 1:
-        return write_png(folder / f"{name}.png", video.pixels)
-    return write_mp4(folder / f"{name}.mp4", video.pixels, cfg.fps, cfg.crf)
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -14,7 +14,12 @@ from hunyuan_train.objectives.conditioning import (
     guidance_input,
     text_drop_mask,
 )
-from hunyuan_train.objectives.flow_matching import interpolate, model_time, velocity_target
+from hunyuan_train.objectives.flow_matching import (
+    interpolate,
+    keyed_noise,
+    model_time,
+    velocity_target,
+)
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.objectives.timesteps import sample_sigmas
 from hunyuan_train.observability.flops import dit_forward_flops
@@ -23,7 +28,6 @@ from hunyuan_train.optim.groups import step_if_finite
 from hunyuan_train.optim.schedule import learning_rate, set_learning_rate
 from hunyuan_train.parallel.zero import set_gradient_sync
 from hunyuan_train.runtime.dist import World, sum_over_ranks
-from hunyuan_train.runtime.seed import keyed_normal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +64,9 @@ def build_inputs(
     """
     seed, ids, epochs = cfg.run.seed, batch.sample_ids, batch.epochs
     shape = tuple(batch.mean.shape[1:])
-
-    def draw(purpose: str) -> Tensor:
-        rows = zip(ids, epochs, strict=True)
-        return torch.stack([keyed_normal(shape, seed, purpose, i, e) for i, e in rows])
-
-    latents = (batch.mean + batch.std * draw("posterior")) * scaling_factor
-    noise = draw("noise")
+    draw = keyed_noise(shape, seed, "posterior", ids, epochs)
+    latents = (batch.mean + batch.std * draw) * scaling_factor
+    noise = keyed_noise(shape, seed, "noise", ids, epochs)
     sigma = sample_sigmas(cfg.objective, seed, ids, epochs)
     check_text_mask(batch.text_mask, ids)
     text, mask, pooled = apply_text_drop(
