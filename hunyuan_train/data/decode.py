@@ -198,7 +198,9 @@ def frame_pixels(
     width, height = cover.resize_width, cover.resize_height
     if rotation % 180:
         width, height = height, width
-    resized = frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC)
+    # Planar output: swscale's packed rgb24 path halves the chroma again and is 1-2 levels too dark
+    # (error against a full-size conversion 0.8 levels rms instead of 2.6, at the same cost).
+    resized = frame.reformat(width, height, "gbrp", interpolation=Interpolation.BICUBIC)
     upright = np.rot90(resized.to_ndarray(), rotation // 90)
     rows = slice(cover.top, cover.top + bucket.height)
     columns = slice(cover.left, cover.left + bucket.width)

@@ -1,0 +1,326 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from media_factory import FakeText, FakeVae, marked_frames, write_image, write_video
+
+from hunyuan_train.data.config import DataConfig, StorageDtype
+from hunyuan_train.data.index import LatentStore
+from hunyuan_train.data.manifest import list_sources
+from hunyuan_train.encoders.latents import LatentEncoder
+from hunyuan_train.engine.precompute import precompute, split_units
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Three clips and two images with captions in text files."""
+    folder = tmp_path / "clips"
+    for index in range(3):
+        write_video(folder / f"v{index}.mp4", marked_frames(6 + index, 48, 64))
+        (folder / f"v{index}.txt").write_text(f"clip number {index}")
+    for index in range(2):
+        write_image(folder / f"i{index}.png", level=40 + 100 * index)
+        (folder / f"i{index}.txt").write_text(f"image {index}")
+    return folder
+
+
+def config(clips: Path, **settings) -> DataConfig:
+    defaults = {
+        "source": str(clips),
+        "latents": str(clips.parent / "store"),
+        "anchors": [48],
+        "durations": [1, 5],
+        "assign": "every",
+        "shard_sources": 2,
+        "storage_dtype": StorageDtype.float32,
+    }
+    return DataConfig(**{**defaults, **settings})
+
+
+def run(cfg: DataConfig, vae: FakeVae | None = None, text: FakeText | None = None, **kwargs):
+    vae, text = vae or FakeVae(), text or FakeText()
+    summary = precompute(cfg, LatentEncoder(vae), text, **kwargs)
+    return summary, vae, text
+
+
+def settle(clips: Path) -> None:
+    """Date all files a minute back: a file that was just written is always read again."""
+    for path in clips.rglob("*"):
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns - 60_000_000_000))
+
+
+def test_store_holds_unscaled_moments_and_trimmed_text(clips):
+    summary, vae, text = run(config(clips))
+    assert (summary.sources, summary.ok, summary.encoded, summary.cached) == (5, 5, 5, 0)
+    assert summary.samples == 3 * 2 + 2
+    assert summary.quarantined == {}
+    store = LatentStore.open(clips.parent / "store")
+    assert [row.sample_id for row in store.rows] == [
+        "i0.png@48:1x32x48",
+        "i1.png@48:1x32x48",
+        *(f"v{index}.mp4@48:{frames}x32x48" for index in range(3) for frames in (1, 5)),
+    ]
+    row = next(row for row in store.rows if row.sample_id == "i1.png@48:1x32x48")
+    sample = store.load(row)
+    torch.testing.assert_close(sample["mean"], torch.full((4, 1, 4, 6), 140 / 127.5 - 1))
+    torch.testing.assert_close(sample["std"], torch.full((4, 1, 4, 6), 0.25))
+    assert sample["mask"].tolist() == [True, True, False, False, False, False]
+    assert sample["states"][:, 0].tolist() == [5, 1, 0, 0, 0, 0]
+    assert sample["pooled"].tolist() == [1, 1]  # the image template
+    clip = store.load(next(row for row in store.rows if row.bucket.frames == 5))
+    assert clip["mean"].shape == (4, 2, 4, 6)
+    assert clip["pooled"].tolist() == [2, 2]  # the video template
+    assert store.empty("video")["mask"].tolist() == [True] + [False] * 5
+    meta = store.meta
+    assert (meta.latent_channels, meta.text_length, meta.text_dim, meta.pooled_dim) == (4, 6, 3, 2)
+    assert meta.text_fingerprint == text.fingerprint
+    assert meta.vae_fingerprint == LatentEncoder(vae).fingerprint
+
+
+def test_clips_of_one_bucket_are_encoded_together(clips):
+    _, vae, _ = run(config(clips, shard_sources=64))
+    assert (vae.clips, vae.calls) == (8, 2)
+    _, vae, _ = run(config(clips, latents=str(clips.parent / "one"), encode_pixels=1))
+    assert (vae.clips, vae.calls) == (8, 8)
+
+
+def test_batching_does_not_change_what_is_stored(clips):
+    run(config(clips))
+    run(config(clips, latents=str(clips.parent / "one"), encode_pixels=1, shard_sources=64))
+    first, second = (LatentStore.open(clips.parent / name) for name in ("store", "one"))
+    for row, other in zip(first.rows, second.rows, strict=True):
+        assert row.sample_id == other.sample_id
+        for name, tensor in first.load(row).items():
+            assert torch.equal(tensor, second.load(other)[name])
+
+
+def test_second_run_does_nothing(clips):
+    settle(clips)
+    run(config(clips))
+    before = sorted((clips.parent / "store").rglob("*.*"))
+    summary, vae, text = run(config(clips))
+    assert (summary.ok, summary.encoded, summary.cached, summary.texts) == (5, 0, 5, 0)
+    assert (vae.clips, text.captions) == (0, [])
+    assert sorted((clips.parent / "store").rglob("*.*")) == before
+
+
+def test_changed_caption_redoes_only_its_text(clips):
+    run(config(clips))
+    (clips / "v1.txt").write_text("another thing entirely")
+    summary, vae, text = run(config(clips))
+    assert vae.clips == 0
+    assert text.captions == ["another thing entirely"] * 2  # as image and as video
+    assert summary.encoded == 0
+    rows = LatentStore.open(clips.parent / "store").rows
+    assert {row.caption for row in rows if row.source == "v1.mp4"} == {"another thing entirely"}
+
+
+def test_changed_added_and_removed_files(clips):
+    run(config(clips))
+    write_image(clips / "i0.png", level=200)
+    write_image(clips / "new.png", level=10)
+    (clips / "new.txt").write_text("a new one")
+    (clips / "v2.mp4").unlink()
+    summary, vae, _ = run(config(clips))
+    assert (vae.clips, summary.encoded, summary.cached) == (2, 2, 3)
+    store = LatentStore.open(clips.parent / "store")
+    assert {row.source for row in store.rows} == {"i0.png", "i1.png", "new.png", "v0.mp4", "v1.mp4"}
+    row = next(row for row in store.rows if row.source == "i0.png")
+    assert store.load(row)["mean"][0, 0, 0, 0] == pytest.approx(200 / 127.5 - 1)
+
+
+def test_renamed_file_keeps_its_latents(clips):
+    run(config(clips))
+    (clips / "v0.mp4").rename(clips / "other.mp4")
+    (clips / "v0.txt").rename(clips / "other.txt")
+    summary, vae, text = run(config(clips))
+    assert (vae.clips, text.captions, summary.ok) == (0, [], 5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"anchors": [64]}, {"max_fps": 20.0}, {"storage_dtype": StorageDtype.bfloat16}]
+)
+def test_changed_setting_redoes_everything(clips, settings):
+    run(config(clips))
+    summary, _, _ = run(config(clips, **settings))
+    assert (summary.encoded, summary.cached) == (5, 0)
+
+
+def test_changed_encoders_redo_their_part(clips):
+    run(config(clips))
+    _, vae, text = run(config(clips), vae=FakeVae(gain=2.0))
+    assert (vae.clips, text.captions) == (8, [])
+    _, vae, text = run(config(clips), vae=FakeVae(gain=2.0), text=FakeText("fake-text-2"))
+    assert vae.clips == 0
+    assert text.captions.count("") == 2
+
+
+def test_unused_parts_are_deleted(clips):
+    run(config(clips))
+    first = {path.name for path in (clips.parent / "store" / "parts").iterdir()}
+    run(config(clips), vae=FakeVae(gain=2.0), text=FakeText("fake-text-2"))
+    settle(clips)
+    second = {path.name for path in (clips.parent / "store" / "parts").iterdir()}
+    assert not {name for name in first & second if name.endswith(".safetensors")}
+    assert len(list((clips.parent / "store").glob("index-*.jsonl"))) == 1
+
+
+def test_bad_sources_are_quarantined_and_counted_and_the_run_goes_on(clips):
+    (clips / "v0.txt").unlink()
+    (clips / "v1.txt").write_text("?")  # the fake encoder sees no token in it
+    (clips / "empty.mp4").write_bytes(b"")
+    (clips / "text.mp4").write_text("words, without a caption")
+    write_video(clips / "short.mp4", marked_frames(2))
+    (clips / "short.txt").write_text("short")
+    summary, _, _ = run(config(clips, durations=[5]))
+    assert summary.quarantined == {
+        "empty": 1,
+        "mislabelled": 1,
+        "no_caption": 2,
+        "too_short": 3,
+    }
+    assert (summary.ok, summary.samples) == (1, 1)
+    lines = (clips.parent / "store" / "quarantine.jsonl").read_text().splitlines()
+    rows = {row["file"]: (row["reason"], row["detail"]) for row in map(json.loads, lines)}
+    assert rows["v0.mp4"] == ("no_caption", "no caption: v0.txt is missing")
+    assert rows["v1.mp4"] == ("no_caption", "no caption: the text encoder sees no token in it")
+    assert rows["text.mp4"] == ("mislabelled", "plain text named .mp4, not a video")
+    assert rows["short.mp4"][0] == "too_short"
+    assert rows["i0.png"][0] == "too_short"
+    again, vae, _ = run(config(clips, durations=[5]))
+    assert again.quarantined == summary.quarantined
+    assert vae.clips == 0
+    (clips / "v0.txt").write_text("now it has one")
+    assert run(config(clips, durations=[5]))[0].ok == 2
+
+
+def test_latents_that_overflow_the_storage_format_are_quarantined(clips):
+    summary, _, _ = run(config(clips, storage_dtype=StorageDtype.float16), vae=FakeVae(gain=1e6))
+    assert summary.quarantined == {"not_finite": 5}
+    assert summary.ok == 0
+
+
+def test_missing_file_of_a_manifest_is_quarantined(clips):
+    rows = [{"file": "v0.mp4", "caption": "a"}, {"file": "gone.mp4", "caption": "b"}]
+    (clips / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    summary, _, _ = run(config(clips))
+    assert (summary.ok, summary.quarantined) == (1, {"missing": 1})
+
+
+def test_same_bytes_under_two_names_are_two_samples(clips):
+    (clips / "copy.png").write_bytes((clips / "i0.png").read_bytes())
+    (clips / "copy.txt").write_text("a copy")
+    summary, vae, _ = run(config(clips, shard_sources=64))
+    assert (summary.ok, vae.clips) == (6, 8)
+
+
+def test_progress_is_reported(clips):
+    seen = []
+    run(config(clips), progress=seen.append)
+    assert seen[-1].done == seen[-1].total == 5
+    assert seen[-1].encoded == 5
+
+
+def test_units_do_not_depend_on_what_is_done(clips):
+    sources = list_sources(str(clips)).sources
+    units = split_units(sources, 2)
+    assert sorted(s.file for _, unit in units for s in unit) == [s.file for s in sources]
+    assert [name for name, _ in units] == [name for name, _ in split_units(sources[::-1], 2)]
+
+
+def test_empty_latents_setting_is_refused(clips):
+    with pytest.raises(ValueError, match=r"data.latents is empty; set it to a folder"):
+        run(config(clips, latents=""))
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path[:0] = [{support!r}, {root!r}]
+import torch
+torch.set_num_threads(1)
+from media_factory import FakeText, FakeVae
+from hunyuan_train.data.config import DataConfig
+from hunyuan_train.encoders.latents import LatentEncoder
+from hunyuan_train.engine.precompute import precompute
+
+class Vae(FakeVae):
+    def encode(self, pixels):
+        if self.calls == {kill_after}:
+            folder = Path({latents!r}).parent
+            (folder / "doomed").touch()
+            while not (folder / "release").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(pixels)
+
+cfg = DataConfig(source={source!r}, latents={latents!r}, anchors=[48], durations=[1, 5],
+                 assign="every", shard_sources=1, storage_dtype="float32")
+vae = Vae()
+summary = precompute(cfg, LatentEncoder(vae), FakeText(), {process}, {processes})
+print(vae.clips, summary.ok, summary.samples)
+"""
+
+
+def start(clips: Path, process: int = 0, processes: int = 1, kill_after: int = -1):
+    script = WORKER.format(
+        support=str(Path(__file__).resolve().parents[1] / "support"),
+        root=str(Path(__file__).resolve().parents[2]),
+        source=str(clips),
+        latents=str(clips.parent / "store"),
+        kill_after=kill_after,
+        process=process,
+        processes=processes,
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, done=None):
+    deadline = time.monotonic() + 120
+    while not (done() if done else path.exists()):
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)
+
+
+def test_killed_run_loses_only_its_unit(clips):
+    (clips.parent / "release").touch()
+    killed = start(clips, kill_after=4)
+    assert killed.wait(120) == -signal.SIGKILL
+    parts = (clips.parent / "store" / "parts").glob("*.jsonl")
+    kept = sum(path.read_text().count('"source":') for path in parts)
+    assert 1 <= kept < 5
+    with pytest.raises(ValueError, match=r"meta.json does not exist: no latent store there"):
+        LatentStore.open(clips.parent / "store")
+    summary, vae, _ = run(config(clips, shard_sources=1))
+    assert summary.ok == 5
+    assert summary.cached == kept
+    assert 0 < vae.clips < 8
+
+
+def test_processes_share_the_work_and_survive_a_killed_one(clips):
+    for index in range(6):
+        write_image(clips / f"more{index}.png", level=30 * index)
+        (clips / f"more{index}.txt").write_text(f"more {index}")
+    killed = start(clips, 0, 3, kill_after=0)
+    wait_for(clips.parent / "doomed")
+    workers = [start(clips, 1, 3), start(clips, 2, 3)]
+    parts = clips.parent / "store" / "parts"
+    wait_for(parts, lambda: any(parts.glob("*.jsonl")))
+    (clips.parent / "release").touch()
+    results = [worker.communicate(timeout=200)[0].split() for worker in workers]
+    assert killed.wait(60) == -signal.SIGKILL
+    assert results[0][1:] == results[1][1:] == ["11", "14"]
+    assert int(results[0][0]) + int(results[1][0]) == 14
+    store = LatentStore.open(clips.parent / "store")
+    assert len(store.rows) == 14
+    for row in store.rows:
+        store.load(row)
+    summary, vae, _ = run(config(clips, shard_sources=1))
+    assert (summary.encoded, vae.clips) == (0, 0)
