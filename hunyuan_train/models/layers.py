@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hunyuan_train.models.shapes import (
+    Heads,
     ImgTokens,
     JointTokens,
     Latents,
@@ -108,6 +109,49 @@ def modulated_norm(x: JointTokens, shift: Vec, scale: Vec) -> JointTokens:
 def gated_add(x: JointTokens, gate: Vec, branch: JointTokens) -> JointTokens:
     """Return x + gate * branch, the gate broadcast over tokens."""
     return torch.addcmul(x, gate[:, None], branch)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the channels of a head, in float32, with a learned weight [E].
+
+    Source: Zhang and Sennrich 2019, equation 4; on q and k, Dehghani et al. 2023.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, eps=NORM_EPS)
+
+    def forward(self, x: Heads) -> Heads:
+        """Normalise [B, S, A, E]."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RmsNormCpu.apply(x, self.weight, NORM_EPS)  # pyright: ignore[reportReturnType]
+        return functional.rms_norm(x, self.normalized_shape, self.weight, NORM_EPS)
+
+
+class _RmsNormCpu(torch.autograd.Function):
+    """RMSNorm in half the passes over memory of torch's CPU path, which is a chain of small ops.
+
+    With n = x * rstd and g the gradient of y = n * w:  dw = sum(g * n)  and
+    dx = rstd * (g * w - n * mean(g * n * w)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [B, S, A, 1]
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, rstd = ctx.saved_tensors
+        grad, weight = grad.float(), weight.float()
+        normed = x.float() * rstd
+        products = grad * normed
+        mean = (products @ weight).div_(x.shape[-1])[..., None]
+        d_x = (grad * weight).addcmul_(normed, mean, value=-1.0).mul_(rstd)
+        d_weight = products.flatten(0, -2).sum(dim=0)
+        return d_x.to(x.dtype), d_weight.to(ctx.saved_tensors[1].dtype), None
 
 
 class Mlp(nn.Module):

@@ -54,29 +54,34 @@ def append_identity(rope: Rope, tokens: int) -> Rope:
 class _RotatePairs(torch.autograd.Function):
     """(a, b) -> (a cos - b sin, b cos + a sin) for adjacent channels, in float32.
 
-    The gradient of a rotation is the opposite rotation, so nothing of x is kept for the backward,
-    and both directions are four strided passes with no intermediate [.., E] tensor.
+    The gradient of a rotation is the opposite rotation, so nothing of x is kept for the backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, sign=1.0)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, sign=-1.0), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, A, E/2, 2]
-    a, b = pairs.unbind(-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]  # [S, 1, E/2]
-    out = torch.empty_like(pairs)
-    torch.mul(a, cos, out=out[..., 0]).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=out[..., 1]).addcmul_(a, sin, value=sign)
-    return out.flatten(-2).to(x.dtype)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, A, R, 2]
+    if torch.compiler.is_compiling():
+        # Inductor fuses these; it has no kernels for complex numbers.
+        (a, b), cos, sin = pairs.unbind(-1), cos[:, None], sin[:, None]
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        # One pass as a complex product: norm and rotation together take 0.7 of the time of the
+        # four strided passes, measured on a CPU.
+        if pairs.stride(-1) != 1:
+            pairs = pairs.contiguous()
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)[:, None]
+        rotated = torch.view_as_real(turned)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def apply_rope(x: Heads, rope: Rope) -> Heads:

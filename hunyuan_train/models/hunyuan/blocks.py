@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hunyuan_train.models.attention import AttentionCore, SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.layers import NORM_EPS, Mlp, Modulation, gated_add, modulated_norm
+from hunyuan_train.models.layers import HeadNorm, Mlp, Modulation, gated_add, modulated_norm
 from hunyuan_train.models.rope import Rope, apply_rope
 from hunyuan_train.models.shapes import (
     Heads,
@@ -41,14 +41,14 @@ class DoubleStreamBlock(nn.Module):
         hidden, self.head_dim = cfg.hidden_size, cfg.head_dim
         self.img_mod = Modulation(hidden, triples=2)
         self.img_attn_qkv = nn.Linear(hidden, 3 * hidden)
-        self.img_attn_q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
-        self.img_attn_k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.img_attn_q_norm = HeadNorm(self.head_dim)
+        self.img_attn_k_norm = HeadNorm(self.head_dim)
         self.img_attn_proj = nn.Linear(hidden, hidden)
         self.img_mlp = Mlp(hidden, cfg.mlp_size, "gelu")
         self.txt_mod = Modulation(hidden, triples=2)
         self.txt_attn_qkv = nn.Linear(hidden, 3 * hidden)
-        self.txt_attn_q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
-        self.txt_attn_k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.txt_attn_q_norm = HeadNorm(self.head_dim)
+        self.txt_attn_k_norm = HeadNorm(self.head_dim)
         self.txt_attn_proj = nn.Linear(hidden, hidden)
         self.txt_mlp = Mlp(hidden, cfg.mlp_size, "gelu")
         self.core: AttentionCore = SdpaCore()
@@ -106,8 +106,8 @@ class SingleStreamBlock(nn.Module):
         self.qkv_features, self.mlp_features = 3 * hidden, cfg.mlp_size
         self.modulation = Modulation(hidden, triples=1)
         self.linear1 = nn.Linear(hidden, self.qkv_features + self.mlp_features)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.q_norm = HeadNorm(self.head_dim)
+        self.k_norm = HeadNorm(self.head_dim)
         self.linear2 = nn.Linear(hidden + self.mlp_features, hidden)
         self.core: AttentionCore = SdpaCore()
 
