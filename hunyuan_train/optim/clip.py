@@ -36,7 +36,7 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     squares: list[Tensor] = []
     for members in groups.values():
         norm = torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
-        # A sharded norm is a pending sum over the mesh; full_tensor() performs the reduction.
+        # torch may return the norm of shards as a pending reduction; full_tensor() completes it.
         full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         squares.append(full.float().square())
     if not squares:
