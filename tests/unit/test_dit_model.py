@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from hunyuan_train.models.attention import SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.hunyuan.text_refiner import check_text_mask, trim_text
+from hunyuan_train.models.layers import NORM_EPS, HeadNorm
 from hunyuan_train.models.registry import build_model, sharding_plan
-from hunyuan_train.models.rope import MAX_CACHED_GRIDS, RopeCache
+from hunyuan_train.models.rope import MAX_CACHED_GRIDS, RopeCache, apply_rope, rope_table
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = {
@@ -268,3 +270,45 @@ def test_rope_cache_is_bounded_and_reused():
     for i in range(MAX_CACHED_GRIDS):
         cache.get((1, 2, 4 + i), 3, cpu)
     assert cache.get((1, 2, 2), 3, cpu) is not first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_norm_is_rms_norm_with_its_gradient(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 16, generator=generator).to(dtype)
+    results = []
+    for norm in (HeadNorm(16), nn.RMSNorm(16, eps=NORM_EPS)):
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(-1.0, 2.0, 16))
+        leaf = x.clone().requires_grad_()
+        out = norm.to(dtype)(leaf)
+        (out.float() * torch.arange(16)).sum().backward()
+        results.append((out, leaf.grad, norm.weight.grad))
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rotation_turns_adjacent_pairs_by_axis_frequencies():
+    rope = rope_table((2, 2, 3), [4, 6, 6], 256.0, torch.device("cpu"))
+    x = torch.zeros(1, 12, 1, 16)
+    x[..., 0::2] = 1.0
+    turned = apply_rope(x, rope)[0, 7, 0].unflatten(-1, (8, 2))  # token (t, h, w) = (1, 0, 1)
+    frame = [256.0 ** (-2 * i / 4) for i in range(2)]
+    column = [256.0 ** (-2 * i / 6) for i in range(3)]
+    angle = torch.tensor([*frame, 0.0, 0.0, 0.0, *column])
+    torch.testing.assert_close(turned, torch.stack([angle.cos(), angle.sin()], dim=-1))
+
+
+@pytest.mark.compile
+def test_compiled_blocks_are_one_graph_each():
+    model, b = small(), batch()
+    b["text_mask"][0, 2:] = False
+    expected = model(**b)
+    for block in model.repeated_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    found = model(**b)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
