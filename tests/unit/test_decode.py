@@ -8,6 +8,7 @@ from media_factory import box_offset, frame_numbers, marked_frames, write_image,
 from PIL import Image
 
 from hunyuan_train.data import dataset
+from hunyuan_train.data import decode as decode_module
 from hunyuan_train.data.config import ClipStart, DataConfig, Integrity
 from hunyuan_train.data.dataset import decode_samples, frame_stride
 from hunyuan_train.data.decode import VideoReader
@@ -206,6 +207,20 @@ def test_flipped_bits_count_as_damage(tmp_path):
     error = failure(path)
     assert error.reason == Reason.damaged
     assert "do not decode" in error.detail or "corrupt frames" in error.detail
+
+
+def test_frames_that_silently_never_come_count_as_damage(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", marked_frames(12))
+    index_packets = decode_module._index_packets
+
+    def promise_one_more(path):
+        keys, packets = index_packets(path)
+        times = np.append(keys.times, keys.times[-1] + 0.04)
+        return decode_module._FrameKeys([*keys.pts, keys.pts[-1] + 640], times), packets + 1
+
+    monkeypatch.setattr(decode_module, "_index_packets", promise_one_more)
+    error = failure(path)
+    assert (error.reason, error.detail) == (Reason.damaged, "12 of 13 frames decode")
 
 
 def test_damage_after_the_wanted_frames_is_found_unless_switched_off(tmp_path):

@@ -179,7 +179,8 @@ def test_bad_sources_are_quarantined_and_counted_and_the_run_goes_on(clips):
     (clips / "text.mp4").write_text("words, without a caption")
     write_video(clips / "short.mp4", marked_frames(2))
     (clips / "short.txt").write_text("short")
-    summary, _, _ = run(config(clips, durations=[5]))
+    summary, vae, _ = run(config(clips, durations=[5]))
+    assert vae.clips == 2  # v1 and v2: a file without caption is only checked
     assert summary.quarantined == {
         "empty": 1,
         "mislabelled": 1,
