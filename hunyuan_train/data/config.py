@@ -61,8 +61,9 @@ class DataConfig:
     """Stored number format; float16 keeps 3 more bits than bfloat16 and latents need no range."""
     shard_sources: int = 64
     """Source files per shard: what a killed precompute process loses at most."""
-    encode_pixels: int = 16_777_216
-    """Pixels (frames x height x width) that the VAE encodes in one call, at least one clip."""
+    encode_pixels: int = 4_259_840
+    """Pixels (frames x height x width) that the VAE encodes in one call, at least one clip; the
+    default is one tile of the VAE, 65 x 256 x 256."""
     decode_workers: int = 2
     """Threads that decode ahead of the encoder."""
 

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,6 +118,11 @@ class LatentStore:
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise ValueError(f"{path / META} has store format {found}, this is {FORMAT}; {_FIX}")
+        differing = {field.name for field in fields(StoreMeta)} ^ set(raw)
+        if differing:
+            raise ValueError(
+                f"{path / META} comes from another version (field {min(differing)}); {_FIX}"
+            )
         meta = StoreMeta(**raw)
         try:
             lines = (path / meta.index).read_text(encoding="utf-8").splitlines()

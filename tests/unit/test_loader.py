@@ -235,6 +235,9 @@ def test_missing_store_index_and_shard_are_named(folder, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     with pytest.raises(ValueError, match=r"meta.json has store format 99, this is 1"):
         LatentStore.open(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "extra": 1}))
+    with pytest.raises(ValueError, match=r"comes from another version \(field extra\)"):
+        LatentStore.open(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=r"index-\w+.jsonl is missing from the store"):
         LatentStore.open(tmp_path)
