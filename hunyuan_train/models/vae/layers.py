@@ -1,5 +1,7 @@
 """Building blocks of the causal 3-D VAE; attribute names are the released checkpoint's keys."""
 
+from typing import TypeAlias
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,8 +9,9 @@ from torch.nn import functional as F
 
 NORM_EPS = 1e-6
 
-Features = Float[Tensor, "batch channels frames height width"]
-Stride = tuple[int, int, int]
+# Channels, frames, height, width: the four sizes differ before and after a layer.
+Features: TypeAlias = Float[Tensor, "B _ _ _ _"]
+Stride: TypeAlias = tuple[int, int, int]
 
 
 class CausalConv3d(nn.Module):
@@ -33,7 +36,13 @@ class CausalConv3d(nn.Module):
         side = self.kernel // 2
         if x.shape[2] == 1:
             return self._single_frame(x, side)
-        return self.conv(F.pad(x, (side, side, side, side, self.kernel - 1, 0), mode="replicate"))
+        padded = F.pad(x, (side, side, side, side, self.kernel - 1, 0), mode="replicate")
+        if _wants_onednn(padded):
+            conv = self.conv
+            return torch.mkldnn_convolution(
+                padded, conv.weight, conv.bias, [0, 0, 0], conv.stride, [1, 1, 1], 1
+            )
+        return self.conv(padded)
 
     def _single_frame(self, x: Features, side: int) -> Features:
         # The padded past of a lone frame is copies of itself, so the taps in time add up to one 2-D
@@ -41,6 +50,18 @@ class CausalConv3d(nn.Module):
         padded = F.pad(x.squeeze(2), (side, side, side, side), mode="replicate")
         weight = self.conv.weight.sum(dim=2)
         return F.conv2d(padded, weight, self.conv.bias, stride=self.conv.stride[1:]).unsqueeze(2)
+
+
+def _wants_onednn(x: Tensor) -> bool:
+    # torch sends a batch of one to a generic kernel below a size threshold: 62 ms instead of 8 ms
+    # for 32 channels of 9 x 48 x 48 on one core. Backward has the same rule; only inference gains.
+    return (
+        x.device.type == "cpu"
+        and x.shape[0] == 1
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 class ResnetBlock(nn.Module):

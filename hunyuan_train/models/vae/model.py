@@ -6,12 +6,14 @@ from the first frame of a video.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hunyuan_train.models.shapes import Latents, PerSample
 from hunyuan_train.models.vae.config import SPATIAL_RATIO, TEMPORAL_RATIO, VaeConfig
 from hunyuan_train.models.vae.layers import (
     NORM_EPS,
@@ -24,8 +26,7 @@ from hunyuan_train.models.vae.layers import (
 )
 from hunyuan_train.models.vae.tiling import Tiling, tiled
 
-Pixels = Float[Tensor, "batch colours frames height width"]
-Latents = Float[Tensor, "batch channels latent_frames latent_height latent_width"]
+Pixels: TypeAlias = Float[Tensor, "B colours frames height width"]
 
 # Equal, and therefore not a mirror image: at half resolution the encoder still has every frame, but
 # the decoder only half of them.
@@ -58,7 +59,7 @@ class Posterior:
         """Return the latents that standard normal ``noise`` of the same shape selects."""
         return self.mean + self.std * noise
 
-    def kl(self) -> Float[Tensor, " batch"]:
+    def kl(self) -> PerSample:
         """Return KL(posterior || N(0, 1)) in nats, summed over channels, time, height and width."""
         per_value = 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar)
         return per_value.flatten(1).sum(dim=1)
