@@ -6,6 +6,7 @@ import sys
 VERBS = {
     "train": "train one stage; under torchrun on every rank",
     "curriculum": "run the stages of conf/curriculum one after the other",
+    "train-vae": "train a VAE on the clips of data.source, into run.vae",
     "precompute": "clips and captions in, latents and text features out",
     "sample": "videos from a run's weights and prompts",
     "convert": "weights between the official, our and the diffusers layout",
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             f"hunyuan-train: {verb} is not a verb; choose from {' '.join(VERBS)}", file=sys.stderr
         )
         return 2
-    module = importlib.import_module(f"hunyuan_train.cli.{verb}")
+    module = importlib.import_module(f"hunyuan_train.cli.{verb.replace('-', '_')}")
     try:
         return module.main(rest)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hunyuan_train.checkpoint.config import CheckpointConfig
-from hunyuan_train.config.run import CurriculumConfig, RunSection, StageConfig
+from hunyuan_train.config.run import CurriculumConfig, DemoConfig, RunSection, StageConfig
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
 from hunyuan_train.evaluation.config import SampleConfig
@@ -36,3 +36,4 @@ class RunConfig:
     sample: SampleConfig
     stage: StageConfig = field(default_factory=StageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)

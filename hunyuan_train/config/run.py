@@ -57,6 +57,33 @@ class StageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DemoConfig:
+    """Sizes of the demo: its generated data and how it is run."""
+
+    num_clips: int = 384
+    """Moving-shapes clips to draw."""
+
+    num_images: int = 192
+    """Still images to draw."""
+
+    num_prompts: int = 32
+    """Held-out prompts to sample and score, at most 32."""
+
+    ranks: int = 2
+    """Processes that precompute, train and sample, one thread each."""
+
+    def __post_init__(self) -> None:
+        """Check single fields.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("num_clips", "num_images", "num_prompts", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"demo.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class CurriculumConfig:
     """Stages run one after the other, each from the weights and EMA of the one before."""
 

@@ -1,5 +1,6 @@
 """From a run folder and prompts to mp4 files and a contact sheet; ranks share the prompts."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
+
+PROMPTS_NAME = "prompts.json"
+"""File beside the samples that lists their prompts, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +88,8 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
 def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     """Sample every prompt, each rank its share, and return the folder with the files.
 
-    The folder holds ``000-0.mp4`` (prompt number, repeat), ``.png`` for single frames, and
-    ``contact_sheet.png``.
+    The folder holds ``000-0.mp4`` (prompt number, repeat), ``.png`` for single frames,
+    ``prompts.json`` and ``contact_sheet.png``.
 
     Raises:
         ValueError: for missing prompts, VAE, text encoder or weights.
@@ -114,6 +118,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         mine.append((video.prompt_index, video.repeat, video.prompt, preview))
     rows = sorted((row for part in gather_objects(mine) for row in part), key=lambda r: r[:2])
     if world.rank == 0:
+        (folder / PROMPTS_NAME).write_text(json.dumps(prompts, indent=2))
         sheet = folder / "contact_sheet.png"
         write_contact_sheet(sheet, [row[3] for row in rows], [row[2] for row in rows])
         log.info("wrote %d samples of %s to %s", count, checkpoint, folder)

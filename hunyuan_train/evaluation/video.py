@@ -97,12 +97,31 @@ def _quality(codec: str, crf: int) -> dict[str, str]:
     return {"qmin": quantizer, "qmax": quantizer}
 
 
+def read_video(path: Path | str) -> Tensor:
+    """Read an mp4 file of :func:`write_mp4` back as pixels [3, F, H, W] float32 in [-1, 1].
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; sample it first")
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
 def write_png(path: Path | str, pixels: Tensor) -> Path:
     """Write the first frame of pixels [3, F, H, W] in [-1, 1] as a PNG and return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_uint8(pixels[:, :1])[0]).save(path)
     return path
+
+
+def read_png(path: Path | str) -> Tensor:
+    """Read an image of :func:`write_png` back as pixels [3, 1, H, W] float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    return pixels.permute(2, 0, 1)[:, None].float() / 127.5 - 1.0
 
 
 def even_frames(pixels: Tensor, columns: int) -> Tensor:

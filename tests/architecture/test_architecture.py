@@ -29,8 +29,11 @@ def test_file_and_function_lengths(path: Path) -> None:
     assert len(text.splitlines()) <= 400, "a file does one thing in at most 400 lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines; at most 60"
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            length = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
+            assert length <= 60, f"{node.name} has {length} lines besides its docstring; at most 60"
 
 
 def test_no_catch_all_module_names() -> None:
@@ -79,7 +82,12 @@ def test_every_config_field_is_documented_and_read() -> None:
                 undocumented.append(f"{section}.{name}")
             reads = rf"\.{name}\b|getattr\(\w+, \"{name}\"\)|\"{name}\""
             elsewhere = any(re.search(reads, text) for path, text in code.items() if path != home)
-            inside = re.search(rf"self\.{name}\b", code[home].split("__post_init__")[0])
+            inside = any(
+                isinstance(used, ast.Attribute) and used.attr == name
+                for method in body.body
+                if isinstance(method, ast.FunctionDef) and method.name != "__post_init__"
+                for used in ast.walk(method)
+            )
             if not elsewhere and not inside:
                 unread.append(f"{section}.{name}")
     assert undocumented == []

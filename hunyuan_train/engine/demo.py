@@ -1,0 +1,165 @@
+"""The demo: every verb of the system, one after the other, on clips drawn on the spot.
+
+Each part is the command a user would type, run in child processes; what is finished is skipped
+when the demo is started again in the same folder.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.shapes import (
+    Combination,
+    draw_clip,
+    held_out_prompts,
+    write_shapes_dataset,
+)
+from hunyuan_train.engine.reporting import machine, run_stages, sample_grid, vae_curves
+from hunyuan_train.evaluation.prompt_following import chance_scores, score_video, score_videos
+from hunyuan_train.evaluation.report import Report, write_report
+from hunyuan_train.evaluation.video import read_video
+from hunyuan_train.models.vae.state_dict import load_vae
+from hunyuan_train.observability.process_memory import PeakTreeMemory
+from hunyuan_train.runtime.processes import run_ranks
+from hunyuan_train.runtime.seed import keyed_generator
+
+log = logging.getLogger(__name__)
+
+SCORES_NAME = "scores.json"
+INTRO = (
+    "A small VAE and a small diffusion transformer, trained from nothing on generated clips of "
+    "moving shapes. The prompts below combine colour, shape and direction in ways training never showed; "
+    "the scores are read from the pixels of the written mp4 files by plain image measurements."
+)
+
+
+class Stopwatch:
+    """Seconds each named part took, kept on disk so that a restarted demo reports them all."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the times of an earlier start, if there was one."""
+        self._path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def run(self, name: str, part: Callable[[], None]) -> None:
+        """Run ``part`` unless it has finished before, and note its seconds."""
+        if name in self.seconds:
+            log.info("demo: %s is done already", name)
+            return
+        log.info("demo: %s", name)
+        started = time.monotonic()
+        part()
+        self.seconds[name] = time.monotonic() - started
+        self._path.write_text(json.dumps(self.seconds, indent=2))
+
+
+def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
+    """Run the demo and return the path of its HTML report.
+
+    Args:
+        cfg: The demo's config.
+        arguments: The overrides it was composed from, handed on to every verb.
+
+    Raises:
+        ValueError: if a part fails.
+    """
+    folder = Path(cfg.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    clips, vae, latents = folder / "clips", folder / "vae", folder / "latents"
+    demo = cfg.demo
+    common = [
+        *arguments,
+        f"data.source={clips}",
+        f"data.latents={latents}",
+        f"run.vae={vae}",
+    ]
+    prompts = held_out_prompts()[: demo.num_prompts]
+    prompts_file = folder / "prompts.txt"
+    prompts_file.write_text("\n".join(prompts) + "\n")
+
+    def sample(weights: str) -> None:
+        output = folder / "samples" / weights
+        fields = [f"run.dir={folder}", f"run.vae={vae}", f"sample.prompts_file={prompts_file}"]
+        fields += [f"sample.weights={weights}", f"sample.output={output}"]
+        run_ranks("sample", fields, demo.ranks)
+
+    watch = Stopwatch(folder / "seconds.json")
+    with PeakTreeMemory(os.getpid()) as memory:
+        watch.run("draw clips", lambda: _draw(clips, cfg))
+        watch.run("train the VAE", lambda: run_ranks("train-vae", [*common, "run.threads=2"], 1))
+        watch.run("precompute", lambda: run_ranks("precompute", common, demo.ranks))
+        watch.run("train the curriculum", lambda: run_ranks("curriculum", common, demo.ranks))
+        watch.run("sample", lambda: sample("ema"))
+        watch.run("sample the untrained model", lambda: sample("initial"))
+        watch.run("score", lambda: _write_scores(cfg, folder, prompts))
+    figures = json.loads((folder / SCORES_NAME).read_text())
+    figures["seconds"] = sum(watch.seconds.values())
+    figures["seconds_by_part"] = watch.seconds
+    figures["peak_gib"] = memory.peak_bytes / 2**30
+    return _write_report(cfg, folder, prompts, figures)
+
+
+def _draw(clips: Path, cfg: RunConfig) -> None:
+    write_shapes_dataset(clips, cfg.demo.num_clips, cfg.demo.num_images, cfg.run.seed)
+
+
+def _write_scores(cfg: RunConfig, folder: Path, prompts: list[str]) -> None:
+    scores = {
+        "prompts": len(prompts),
+        "prompt_following": score_samples(folder / "samples" / "ema", prompts),
+        "untrained": score_samples(folder / "samples" / "initial", prompts),
+        "ceiling": score_ceiling(cfg, folder / "vae", prompts),
+        "chance": chance_scores(),
+    }
+    (folder / SCORES_NAME).write_text(json.dumps(scores, indent=2))
+
+
+def score_samples(folder: Path, prompts: list[str]) -> dict[str, float]:
+    """Score the written mp4 files of ``prompts``, in order, from their pixels."""
+    videos = [read_video(folder / f"{number:03d}-0.mp4") for number in range(len(prompts))]
+    return score_videos(videos, prompts)
+
+
+def score_ceiling(cfg: RunConfig, vae_folder: Path, prompts: list[str]) -> dict[str, float]:
+    """Score real clips of the prompts passed through the VAE: the best a perfect model could do."""
+    vae = load_vae(vae_folder)
+    size = cfg.sample.bucket
+    videos: list[Tensor] = []
+    for number, prompt in enumerate(prompts):
+        generator = keyed_generator(cfg.run.seed, "ceiling", number)
+        combo = Combination.parse(prompt)
+        clip = draw_clip(combo, size.frames, size.width, size.height, generator)
+        pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pixels).mode())
+        videos.append(decoded[0].clamp(-1, 1))
+    return score_videos(videos, prompts)
+
+
+def _write_report(
+    cfg: RunConfig, folder: Path, prompts: list[str], figures: dict[str, Any]
+) -> Path:
+    trained = sample_grid(folder / "samples" / "ema", "Samples of held-out prompts", prompts)
+    verdicts = [score_video(v, p) for v, p in zip(trained.videos, trained.captions, strict=True)]
+    untrained = sample_grid(folder / "samples" / "initial", "Before training", prompts, limit=8)
+    report = Report(
+        title="Demo: the whole job at tiny scale",
+        intro=INTRO,
+        figures=figures,
+        targets={"colour": 0.90, "shape": 0.70, "direction": 0.85},
+        stages=run_stages(folder),
+        grids=[dataclasses.replace(trained, verdicts=verdicts), untrained],
+        extra_curves=vae_curves(folder / "vae"),
+        settings=machine(),
+        fps=cfg.sample.fps,
+    )
+    return write_report(folder, report)

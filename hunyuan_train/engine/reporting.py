@@ -1,0 +1,92 @@
+"""The report of a run folder: its stages' curves, its samples and its settings."""
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_train.config.compose import CONFIG_NAME
+from hunyuan_train.engine.sampling import PROMPTS_NAME, newest_weights
+from hunyuan_train.engine.vae_run import SUMMARY_NAME
+from hunyuan_train.evaluation.report import Report, SampleGrid, StageCurves, write_report
+from hunyuan_train.evaluation.video import read_png, read_video
+
+SHOWN_SAMPLES = 32
+
+
+def run_stages(folder: Path) -> list[StageCurves]:
+    """Return the curves of every trained stage of a run, in order.
+
+    Raises:
+        ValueError: if the folder is not a run's or holds no metrics.
+    """
+    found = sorted((folder / "stages").glob(f"*/{CONFIG_NAME}")) or [folder / CONFIG_NAME]
+    metrics = [path.parent / "metrics.jsonl" for path in found]
+    curves = [StageCurves.read(p.parent.name, p) for p in metrics if p.is_file()]
+    if not curves:
+        raise ValueError(f"{folder} holds no metrics.jsonl; give run.dir the folder of a run")
+    return curves
+
+
+def sample_grid(
+    folder: Path, title: str, captions: list[str], note: str = "", limit: int = SHOWN_SAMPLES
+) -> SampleGrid:
+    """Read the samples that the ``sample`` verb wrote, at most ``limit``, as a grid."""
+    files = sorted([*folder.glob("[0-9]*-*.mp4"), *folder.glob("[0-9]*-*.png")])[:limit]
+    videos = [read_video(f) if f.suffix == ".mp4" else read_png(f) for f in files]
+    names = [captions[int(f.stem.split("-")[0])] for f in files]
+    return SampleGrid(title=title, videos=videos, captions=names, note=note)
+
+
+def vae_curves(vae_folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return the loss curves of a VAE trained by ``train-vae``, nothing for another VAE."""
+    path = vae_folder / SUMMARY_NAME
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text())["curve"]
+    names = {"absolute": "absolute error", "kl": "KL, nats per pixel value"}
+    lines = {label: [(row["step"], row[key]) for row in rows] for key, label in names.items()}
+    return {"VAE training": lines}
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device or platform.machine(),
+    }
+
+
+def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
+    """Write ``report.html`` and ``report.json`` of a run into its folder.
+
+    Args:
+        folder: ``run.dir`` of a training run or a curriculum.
+        samples: Folder the ``sample`` verb wrote to; left out when it does not exist.
+        vae_folder: Folder of the VAE; its training curve is shown if it was trained here.
+
+    Raises:
+        ValueError: if the folder is not a run's.
+    """
+    run = newest_weights(folder)
+    grids = []
+    prompts = samples / PROMPTS_NAME
+    if prompts.is_file():
+        grids.append(sample_grid(samples, "Samples", json.loads(prompts.read_text())))
+    figures: Mapping[str, Any] = {"checkpoint": str(run.checkpoint.relative_to(folder))}
+    return write_report(
+        folder,
+        Report(
+            title=f"Run {folder.name}",
+            figures=figures,
+            stages=run_stages(folder),
+            grids=grids,
+            extra_curves=vae_curves(vae_folder) if vae_folder else {},
+            settings=machine(),
+        ),
+    )
