@@ -6,17 +6,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hunyuan_train.models.vae.config import TEMPORAL_RATIO
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import VaeLoss, vae_loss
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.config import OptimizerConfig, ScheduleKind
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.groups import build_optimizer, step_if_finite
-from hunyuan_train.optim.schedule import learning_rate, set_learning_rate
-from hunyuan_train.runtime.seed import keyed_normal
+from hunyuan_train.optim.groups import step_if_finite
+from hunyuan_train.optim.schedule import learning_rate
+from hunyuan_train.runtime.seed import keyed_generator, keyed_normal
+
+FULL_RATE_INPUTS = 216
+"""Kernels with more inputs than 8 channels of 3x3x3 get a learning rate smaller in proportion."""
 
 NextBatch = Callable[[int], Tensor]
 """Step number to pixels [B, 3, F, H, W] in [-1, 1]; sizes may differ from step to step."""
@@ -58,8 +62,8 @@ def train_vae(
 ) -> VaeTrainingSummary:
     """Train a VAE in place, leave the averaged weights in it and set its scaling factor.
 
-    Batches with more than one clip are several times faster per clip on a CPU. Batches
-    ``cfg.steps`` and up are taken for measuring, after training.
+    Batches are cropped in time and space for training. Batches ``cfg.steps`` and up are taken for
+    measuring, after training, and not cropped.
 
     Args:
         vae: The network, on the device to train on.
@@ -74,14 +78,15 @@ def train_vae(
     vae.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     vae.train()
     recipe = _optimizer_config(cfg)
-    optimizer = build_optimizer(vae, recipe)
+    optimizer = build_vae_optimizer(vae, recipe)
     ema = Ema(vae, recipe)
     losses: list[VaeLoss] = []
     skips: list[Tensor] = []
     started = time.perf_counter()
     for step in range(cfg.steps):
-        set_learning_rate(optimizer, learning_rate(step, recipe, cfg.steps))
-        loss = _forward(vae, cfg, next_batch(step), seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * learning_rate(step, recipe, cfg.steps)
+        loss = _forward(vae, cfg, crop(next_batch(step), cfg, seed, step), seed, step)
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         norm = clip_grad_norm(vae.parameters(), recipe.clip_norm)
@@ -103,6 +108,52 @@ def train_vae(
         scaling_factor=vae.cfg.scaling_factor,
         curve=[_row(step, loss) for step, loss in enumerate(losses)],
     )
+
+
+def build_vae_optimizer(vae: CausalVae3D, recipe: OptimizerConfig) -> torch.optim.AdamW:
+    """Return Adam with a learning rate per kernel size, in param_groups[...]["rate"].
+
+    An Adam update moves every weight by about lr, so a kernel's output moves by lr times its
+    inputs: the widest kernel would set the limit for all (Yang et al. 2022, Tensor Programs V).
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in vae.parameters():
+        inputs = parameter[0].numel() if parameter.ndim > 1 else 1
+        groups.setdefault(min(1.0, FULL_RATE_INPUTS / inputs), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "rate": rate} for rate, members in groups.items()],
+        lr=recipe.lr,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+
+
+def crop(batch: Tensor, cfg: VaeTrainingConfig, seed: int, step: int) -> Tensor:
+    """Return a random part of a batch that costs about ``cfg.batch_pixels``.
+
+    Clips lose frames before samples are left out; two samples always stay if there are two, because
+    torch convolves a batch of one several times slower on a CPU.
+
+    Args:
+        batch: [B, 3, F, H, W].
+        cfg: Largest sizes.
+        seed: Seed of the run.
+        step: Keys the choice together with the seed.
+    """
+    generator = keyed_generator(seed, "vae_crop", step)
+    frames, height, width = batch.shape[2:]
+    if frames > 1:
+        most = (min(frames, cfg.crop_frames) - 1) // TEMPORAL_RATIO
+        length = TEMPORAL_RATIO * int(generator.integers(min(1, most), most + 1)) + 1
+        batch = batch.narrow(2, int(generator.integers(frames - length + 1)), length)
+    for dim, size in ((3, height), (4, width)):
+        if size > cfg.crop_px:
+            start = int(generator.integers(size - cfg.crop_px + 1))
+            batch = batch.narrow(dim, start, cfg.crop_px)
+    rows = max(2, cfg.batch_pixels // batch[0, 0].numel())
+    return batch[:rows]
 
 
 @torch.no_grad()
@@ -156,7 +207,6 @@ def _optimizer_config(cfg: VaeTrainingConfig) -> OptimizerConfig:
     return OptimizerConfig(
         lr=cfg.lr,
         beta2=cfg.beta2,
-        weight_decay=cfg.weight_decay,
         warmup_steps=cfg.warmup_steps,
         schedule=ScheduleKind.cosine,
         min_lr_ratio=cfg.min_lr_ratio,

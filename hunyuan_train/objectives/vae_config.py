@@ -9,21 +9,20 @@ class VaeTrainingConfig:
 
     steps: int = 600
     """Optimizer updates."""
-    lr: float = 4e-3
-    """Learning rate after the warm-up; it falls on a cosine."""
+    lr: float = 5e-4
+    """Learning rate after the warm-up, falling on a cosine, of kernels with up to 216 inputs;
+    wider kernels get less in proportion (1e-3 for all alike never learns colours)."""
     min_lr_ratio: float = 0.02
     """The rate at the last step over lr."""
     warmup_steps: int = 20
     """Steps over which the rate rises linearly."""
     beta2: float = 0.98
     """AdamW's decay of the second moment; the first has 0.9."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of kernels; norms and biases have none."""
     clip_norm: float = 1.0
     """Largest global gradient norm of an update; 0 only measures it."""
     ema_decay: float = 0.98
     """Decay of the averaged weights that are saved; 0 saves the last weights."""
-    mse_weight: float = 0.5
+    mse_weight: float = 5.0
     """Weight of the squared error beside the absolute error, which has weight 1."""
     gradient_weight: float = 1.0
     """Weight of the absolute error of differences between neighbouring pixels: sharp edges."""
@@ -35,14 +34,24 @@ class VaeTrainingConfig:
     """Batches after training over which the latents' standard deviation is measured."""
     batch_size: int = 8
     """Samples in one batch; all of one bucket."""
+    batch_pixels: int = 40000
+    """Pixels (frames x height x width) a batch is cut to by leaving out samples, down to two."""
+    crop_frames: int = 17
+    """Clips are cut at random to 5, 9, ... frames, at most these."""
+    crop_px: int = 64
+    """Frames are cut at random to at most this width and height, a multiple of 8."""
     files_per_media: int = 256
     """At most this many images and as many clips are decoded into memory."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
-        for name in ("steps", "measure_batches", "batch_size", "files_per_media"):
+        for name in ("steps", "measure_batches", "batch_size", "batch_pixels", "files_per_media"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vae_training.{name}={getattr(self, name)} must be at least 1")
+        if self.crop_frames < 1 or self.crop_frames % 4 != 1:
+            raise ValueError(f"vae_training.crop_frames={self.crop_frames} must be 4n+1, e.g. 17")
+        if self.crop_px < 8 or self.crop_px % 8:
+            raise ValueError(f"vae_training.crop_px={self.crop_px} must be a multiple of 8")
         if not self.lr > 0:
             raise ValueError(f"vae_training.lr={self.lr} must be above 0")
         for name in ("beta2", "ema_decay"):
@@ -52,7 +61,6 @@ class VaeTrainingConfig:
             raise ValueError(f"vae_training.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
         for name in (
             "warmup_steps",
-            "weight_decay",
             "clip_norm",
             "mse_weight",
             "gradient_weight",

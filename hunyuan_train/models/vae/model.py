@@ -20,9 +20,12 @@ from hunyuan_train.models.vae.layers import (
     CausalConv3d,
     DownBlock,
     Features,
+    FrameCausalAttention,
     MidBlock,
+    ResnetBlock,
     Stride,
     UpBlock,
+    Upsample,
 )
 from hunyuan_train.models.vae.tiling import Tiling, tiled
 
@@ -34,6 +37,7 @@ DOWN_STRIDES: list[Stride | None] = [(1, 2, 2), (2, 2, 2), (2, 2, 2), None]
 UP_FACTORS: list[Stride | None] = [(1, 2, 2), (2, 2, 2), (2, 2, 2), None]
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+INITIAL_LOGVAR = -6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +132,45 @@ class CausalVae3D(nn.Module):
     """
 
     def __init__(self, cfg: VaeConfig) -> None:
-        """Build the network with PyTorch's default initialisation."""
+        """Build and initialise the network."""
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.quant_conv = nn.Conv3d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(cfg.latent_channels, cfg.latent_channels, 1)
+        self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter afresh, for use after construction on the meta device."""
+        """Initialise every parameter, also after construction on the meta device.
+
+        | parameter | value |
+        |---|---|
+        | kernels | N(0, 1 / fan-in), so that the linear path keeps its variance |
+        | last kernel of every residual branch | 0: the network starts as its skip path |
+        | convolutions after an enlargement | identity on the present frame |
+        | log-variance | near -6: a std of 0.05, not the 1 that drowns the image |
+        | norms, other biases | 1, 0 |
+        """
         for module in self.modules():
-            if isinstance(module, nn.Conv3d | nn.Linear | nn.GroupNorm):
+            if isinstance(module, nn.Conv3d | nn.Linear):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                nn.init.zeros_(module.get_parameter("bias"))
+            elif isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.conv.weight)
+            elif isinstance(module, FrameCausalAttention):
+                nn.init.zeros_(module.get_parameter("to_out.0.weight"))
+            elif isinstance(module, Upsample):
+                kernel = module.conv.conv.weight
+                nn.init.zeros_(kernel)
+                kernel[:, :, -1, 1, 1].fill_diagonal_(1.0)
+        channels = self.cfg.latent_channels
+        self.quant_conv.weight[channels:] *= 0.1
+        self.quant_conv.get_parameter("bias")[channels:] = INITIAL_LOGVAR
 
     def encode(self, pixels: Pixels) -> Posterior:
         """Return the posterior of unscaled latents.

@@ -1,9 +1,8 @@
 """A VAE on disk: config.json and model.safetensors, whose keys are the released ones."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +118,6 @@ def check_weights(vae: CausalVae3D, state: Mapping[str, Tensor], where: str) -> 
             )
 
 
-def released_key(key: str) -> str:
-    """Return our name of a tensor of the released file, where it may start with "vae."."""
-    return key.removeprefix("vae.")
-
-
 def config_from_released(fields: Mapping[str, Any]) -> VaeConfig:
     """Return our config for the ``config.json`` of the released checkpoint or of diffusers.
 
@@ -138,20 +132,3 @@ def config_from_released(fields: Mapping[str, Any]) -> VaeConfig:
 def config_to_released(cfg: VaeConfig) -> dict[str, Any]:
     """Return the fields of a diffusers ``AutoencoderKLHunyuanVideo`` config for ours."""
     return {theirs: getattr(cfg, name) for theirs, name in RELEASED_FIELDS.items()}
-
-
-def vae_fingerprint(vae: CausalVae3D) -> str:
-    """Return 16 hex digits that change with any weight or with the config.
-
-    Latents made by VAEs with different fingerprints must not be mixed.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(dataclasses.asdict(vae.cfg), sort_keys=True).encode())
-    for key, value in _sorted_state(vae):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sorted_state(vae: CausalVae3D) -> Iterable[tuple[str, Tensor]]:
-    return sorted(vae.state_dict().items())
