@@ -77,7 +77,9 @@ def test_sigterm_saves_and_exits_with_its_own_code_then_goes_on(data: Path, tmp_
     assert process.returncode == 75, errors
     last = int(rows(tmp_path)[-1]["step"])
     assert (tmp_path / "checkpoints" / f"step-{last:08d}").is_dir()
-    again = run_verb("train", [*arguments[:-2], f"stage.steps={last + 2}", "run.accept_changes=true"])
+    again = run_verb(
+        "train", [*arguments[:-2], f"stage.steps={last + 2}", "run.accept_changes=true"]
+    )
     assert again.returncode == 0, again.stderr
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, last + 3))
 

@@ -29,7 +29,12 @@ def make_data(folder: Path, num_clips: int = 8, num_images: int = 4) -> Path:
     """Write clips, a VAE with random weights and a latent store below ``folder``."""
     torch.manual_seed(0)
     write_shapes_dataset(
-        folder / "clips", num_clips, num_images, 0, frame_sizes=[(64, 64), (96, 64)], clip_frames=[5]
+        folder / "clips",
+        num_clips,
+        num_images,
+        0,
+        frame_sizes=[(64, 64), (96, 64)],
+        clip_frames=[5],
     )
     vae = CausalVae3D(VaeConfig(block_channels=[4, 8, 8, 8], layers_per_block=1, norm_groups=4))
     save_vae(vae, folder / "vae")

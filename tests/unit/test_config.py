@@ -32,7 +32,10 @@ def test_saved_config_takes_overrides_and_shows_the_difference(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.hidden_sise=3", r"model\.hidden_sise is not a field.*did you mean model\.hidden_size"),
+        (
+            "model.hidden_sise=3",
+            r"model\.hidden_sise is not a field.*did you mean model\.hidden_size",
+        ),
         ("+model.extra=3", r"model\.extra is not a field"),
         ("+foo.bar=1", r"foo is not a field"),
         ("optimizer.lr=fast", r"optimizer\.lr: Value 'fast'.*Float"),
