@@ -200,7 +200,8 @@ def unpatchify(tokens: Patches, grid: tuple[int, int, int], patch_size: Sequence
     (frames, rows, columns), (pt, ph, pw) = grid, patch_size
     x = tokens.unflatten(-1, (-1, pt, ph, pw)).unflatten(1, (frames, rows, columns))
     x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    # One reshape makes a fresh tensor; sharded modules must not return a view.
+    return x.reshape(*x.shape[:2], frames * pt, rows * ph, columns * pw)
 
 
 class FinalLayer(nn.Module):

@@ -1,0 +1,136 @@
+"""Time a full train step against bare forward + backward + optimizer on the same batches.
+
+The full step adds what training needs: reading ahead, keyed noise, times and caption dropout,
+global counts, clipping, EMA and metrics. Both run in turn in one process on the same model; the
+figure is the median of the per-pair ratios. Most of the addition is per parameter, so its share
+falls with the tokens of a step; the default, 4320, is that of one 256-pixel clip of 65 frames.
+
+    python benchmarks/loop_overhead.py
+    python benchmarks/loop_overhead.py --device cuda
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hunyuan_train.config.compose import compose_config
+from hunyuan_train.data.shapes import write_shapes_dataset
+from hunyuan_train.encoders.latents import LatentEncoder
+from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.engine.build import TrainRun, build_run
+from hunyuan_train.engine.meter import StepMeter
+from hunyuan_train.engine.precompute import precompute
+from hunyuan_train.engine.step import build_inputs, train_step
+from hunyuan_train.models.vae.model import CausalVae3D
+from hunyuan_train.objectives.loss import flow_matching_loss
+from hunyuan_train.runtime.device import synchronize
+from hunyuan_train.runtime.dist import close_world, init_world
+
+TARGET = 1.05
+
+
+def prepare(folder: Path, device: str, tokens: int) -> TrainRun:
+    """Make a latent store of generated clips and build a run on it."""
+    write_shapes_dataset(folder / "clips", 48, 1, 0, frame_sizes=[(96, 96)], clip_frames=[17])
+    cfg = compose_config(
+        [
+            "data=shapes",
+            f"data.source={folder / 'clips'}",
+            f"data.latents={folder / 'latents'}",
+            f"run.dir={folder / 'run'}",
+            f"run.device={device}",
+            "run.threads=1",
+            "data.anchors=[96]",
+            "data.durations=[17]",
+            f"data.max_tokens={tokens}",
+            "vae.block_channels=[4,8,8,8]",
+            "optimizer=tiny",
+            "logging.progress=off",
+        ]
+    )
+    torch.set_num_threads(cfg.run.threads)
+    torch.manual_seed(0)
+    precompute(cfg.data, LatentEncoder(CausalVae3D(cfg.vae)), build_text_encoder(cfg.text))
+    return build_run(cfg, init_world(device))
+
+
+def timed(run: TrainRun, step: Callable[[], None]) -> float:
+    """Return the seconds of one call."""
+    synchronize(run.world.device)
+    started = time.perf_counter()
+    step()
+    synchronize(run.world.device)
+    return time.perf_counter() - started
+
+
+def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
+    """Return (full, bare) seconds of ``repeats`` steps, in turn, the order swapped every time."""
+    cfg, state, scale = run.cfg, run.state, run.store.meta.scaling_factor
+    kept = build_inputs(state.loader.next_step(1)[0], cfg, scale, run.world.device)
+    model, optimizer = state.model, state.optimizer
+
+    def bare() -> None:
+        x = kept
+        predicted = model(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
+        loss = flow_matching_loss(predicted, x.target)
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with StepMeter(run) as meter:
+
+        def full() -> None:
+            batches = state.loader.next_step(1)
+            meter.add(train_step(state, batches, cfg, run.world, scale), 0.0)
+            if cfg.logging.due(state.step):
+                meter.emit()
+
+        for _ in range(3):
+            full()
+            bare()
+        pairs = []
+        for repeat in range(repeats):
+            first, second = (full, bare) if repeat % 2 else (bare, full)
+            one, two = timed(run, first), timed(run, second)
+            pairs.append((one, two) if repeat % 2 else (two, one))
+    state.loader.close()
+    return pairs
+
+
+def main() -> None:
+    """Measure and print one JSON object last."""
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tokens", type=int, default=4320, help="image tokens in a step")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(Path(folder), arguments.device, arguments.tokens)
+        pairs = measure(run, 8 if arguments.quick else 30)
+        close_world()
+    ratio = statistics.median(full / bare for full, bare in pairs)
+    figures = {
+        "full_over_bare": {"value": ratio, "target": f"<= {TARGET}", "holds": ratio <= TARGET},
+        "full_s": {"value": statistics.median(full for full, _ in pairs)},
+        "bare_s": {"value": statistics.median(bare for _, bare in pairs)},
+    }
+    machine = {
+        "device": torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({"benchmark": "loop_overhead", "machine": machine, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
