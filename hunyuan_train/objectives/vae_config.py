@@ -32,14 +32,14 @@ class VaeTrainingConfig:
     the report's 1e-6."""
     measure_batches: int = 8
     """Batches after training over which the latents' standard deviation is measured."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Samples in one batch; all of one bucket."""
     batch_pixels: int = 40000
     """Pixels (frames x height x width) a batch is cut to by leaving out samples, down to two."""
     crop_frames: int = 17
-    """Clips are cut at random to 5, 9, ... frames, at most these."""
+    """Clips are cut at random to 5, 9, ... frames, at most these; 4n+1."""
     crop_px: int = 64
-    """Frames are cut at random to at most this width and height, a multiple of 8."""
+    """Frames are cut at random to at most this width and height; a multiple of 8."""
     files_per_media: int = 256
     """At most this many images and as many clips are decoded into memory."""
 
