@@ -29,7 +29,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (52, 76, 236),
     "magenta": (226, 52, 206),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+# Told apart by their coarse form, which a model learns long before it draws straight edges.
+SHAPES: tuple[str, ...] = ("circle", "triangle", "bar", "pillar")
 # Unit steps in image coordinates: x to the right, y down.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
@@ -37,22 +38,21 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "up": (0, -1),
     "down": (0, 1),
 }
-# (width, height) of the written files: squares three times in five, 3:2 and 2:3; larger than every
-# demo bucket.
+# (width, height) of the written files: squares three times in five, 3:2 and 2:3; all of them are
+# larger than every demo bucket.
 FRAME_SIZES: tuple[tuple[int, int], ...] = (*((128, 128),) * 3, (144, 96), (96, 144))
 CLIP_FRAMES: tuple[int, ...] = (17, 17, 17, 5)
 FRAMES_PER_SECOND = 8
-# Grey levels of the background. A narrow dark range leaves the latents' variance to the shapes; with
-# light and dark backgrounds both, most of it is spent on telling the two apart.
+# Grey levels of the background. A narrow dark range leaves the variance of latents to the shapes;
+# with light and dark backgrounds both, most of it is spent on telling the two apart.
 BACKGROUND = (16, 56)
-# Half the arm width of a cross over half its size.
-CROSS_ARM = 0.34
+# Thickness of a bar (lying) and a pillar (standing) over its length.
+BAR_THICKNESS = 0.42
 # Bounding square of a shape over the short side.
 SHAPE_SIZE = 0.6
 # Frames in which a shape crosses the frame; shorter clips show the first part of the way.
 CROSSING_FRAMES = 17
-# Free border around the whole path over the short side: cropping to a bucket's aspect cuts no
-# shape.
+# Free border around the whole path over the short side: cropping to a bucket cuts no shape.
 MARGIN = 0.06
 
 
@@ -149,17 +149,13 @@ def shape_coverage(
     y = np.arange(height, dtype=np.float32)[:, None] + 0.5 - centre_y
     if shape == "circle":
         distance = np.hypot(x, y) - half_size
-    elif shape == "square":
-        distance = np.maximum(x, np.abs(y)) - half_size
-    elif (
-        shape == "triangle"
-    ):  # apex at the top middle, base along the bottom of the bounding square
+    elif shape == "triangle":
+        # Apex at the top middle, base along the bottom of the bounding square.
         distance = np.maximum((2 * x - (y + half_size)) / np.sqrt(5.0), y - half_size)
-    elif shape == "cross":
-        arm = CROSS_ARM * half_size
-        upright = np.maximum(x - arm, np.abs(y) - half_size)
-        flat = np.maximum(x - half_size, np.abs(y) - arm)
-        distance = np.minimum(upright, flat)
+    elif shape == "bar":
+        distance = np.maximum(x - half_size, np.abs(y) - BAR_THICKNESS * half_size)
+    elif shape == "pillar":
+        distance = np.maximum(x - BAR_THICKNESS * half_size, np.abs(y) - half_size)
     else:
         raise ValueError(f"shape {shape!r} is unknown; choose from {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)

@@ -8,6 +8,7 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.state import TrainState
+from hunyuan_train.models.hunyuan.text_refiner import trim_text
 from hunyuan_train.objectives.conditioning import (
     apply_text_drop,
     check_text_mask,
@@ -26,7 +27,7 @@ from hunyuan_train.observability.flops import dit_forward_flops
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.groups import step_if_finite
 from hunyuan_train.optim.schedule import learning_rate, set_learning_rate
-from hunyuan_train.parallel.zero import set_gradient_sync
+from hunyuan_train.parallel.zero import average_gradients, set_gradient_sync
 from hunyuan_train.runtime.dist import World, sum_over_ranks
 
 
@@ -49,7 +50,7 @@ class ModelInputs:
     noisy: Tensor
     time: Tensor
     text: Tensor
-    text_mask: Tensor
+    text_mask: Tensor | None
     pooled: Tensor
     guidance: Tensor | None
     target: Tensor
@@ -78,6 +79,7 @@ def build_inputs(
         batch.empty_mask,
         batch.empty_pooled,
     )
+    text, kept_mask = trim_text(text, mask)
     guidance = None
     if cfg.model.guidance_embed:
         guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
@@ -86,7 +88,7 @@ def build_inputs(
         noisy=interpolate(latents, noise, sigma).to(device, dtype),
         time=model_time(sigma).to(device),
         text=text.to(device, dtype),
-        text_mask=mask.to(device),
+        text_mask=None if kept_mask is None else kept_mask.to(device),
         pooled=pooled.to(device, dtype),
         guidance=guidance,
         target=velocity_target(latents, noise).to(device),
@@ -99,7 +101,7 @@ def training_flops(batch: Batch, cfg: RunConfig) -> int:
     return dit_forward_flops(
         batch=len(batch.sample_ids),
         img_tokens=batch.bucket.tokens,
-        txt_tokens=batch.text.shape[1],
+        txt_tokens=int(batch.text_mask.sum(dim=1).max()),
         hidden_size=model.hidden_size,
         double_blocks=model.num_double_blocks,
         single_blocks=model.num_single_blocks,
@@ -134,8 +136,8 @@ def train_step(
     """Accumulate gradients over ``batches``, clip, update, follow with the EMA.
 
     The loss is the mean over the tokens of the global batch, whatever buckets the ranks hold: each
-    rank back-propagates its loss sum over the global token count. Sharded gradients are averaged
-    over ranks by the reduction, which the factor ``world.size`` undoes. An update whose gradient
+    rank back-propagates its loss sum over the global token count. Gradients are averaged over ranks
+    by the reduction, which the factor ``world.size`` undoes. An update whose gradient
     norm is not finite is skipped on the device and counted.
     """
     tokens, samples, flops = global_counts(batches, cfg)
@@ -149,6 +151,7 @@ def train_step(
         loss = flow_matching_loss(predicted, x.target).sum
         (loss * (world.size / tokens)).backward()
         total += loss.detach()
+    average_gradients(state.model)
     norm = clip_grad_norm(state.model.parameters(), cfg.optimizer.clip_norm)
     state.skipped_updates += step_if_finite(state.optimizer, norm)
     state.ema.update(state.step)

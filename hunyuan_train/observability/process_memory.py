@@ -39,7 +39,7 @@ def _proportional_bytes(pid: int) -> int:
 class PeakTreeMemory:
     """Context manager that samples the process tree's memory; ``peak_bytes`` is the maximum."""
 
-    def __init__(self, root_pid: int, every_s: float = 0.5) -> None:
+    def __init__(self, root_pid: int, every_s: float = 2.0) -> None:
         self.peak_bytes = 0
         self._root_pid = root_pid
         self._every_s = every_s

@@ -10,7 +10,7 @@ from torch import nn
 from hunyuan_train.models.attention import SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
-from hunyuan_train.models.hunyuan.text_refiner import check_text_mask, trim_text
+from hunyuan_train.models.hunyuan.text_refiner import trim_text
 from hunyuan_train.models.layers import NORM_EPS, HeadNorm
 from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.models.rope import MAX_CACHED_GRIDS, RopeCache, apply_rope, rope_table
@@ -163,15 +163,6 @@ def test_samples_do_not_mix_and_batch_one_is_the_same():
     for i in range(3):
         alone = model(**{name: tensor[i : i + 1] for name, tensor in b.items()})
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-6)
-
-
-def test_text_mask_check_names_the_sample():
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
-    with pytest.raises(ValueError, match="text mask of sample 1 is empty"):
-        check_text_mask(mask)
-    with pytest.raises(ValueError, match=r"sample 0 has 2 valid .* position 3; pad on the right"):
-        check_text_mask(torch.tensor([[0, 1, 1]]).bool())
-    assert check_text_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()) == [2, 1]
 
 
 @pytest.mark.parametrize(

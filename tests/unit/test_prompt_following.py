@@ -63,7 +63,7 @@ def test_wrong_word_is_wrong_in_its_own_aspect_only():
         "shape": True,
         "direction": True,
     }
-    assert score_video(video, "a red cross moving left")["shape"] is False
+    assert score_video(video, "a red pillar moving left")["shape"] is False
     assert score_video(video, "a red circle moving up")["direction"] is False
 
 
@@ -73,7 +73,7 @@ def test_every_word_is_told_apart():
             still = observe(drawn(f"a {colour} {shape}", 1, frames=1))
             assert still == Observation(colour=colour, shape=shape)
     for direction in DIRECTIONS:
-        assert observe(drawn(f"a cyan cross moving {direction}", 2)).direction == direction
+        assert observe(drawn(f"a cyan pillar moving {direction}", 2)).direction == direction
 
 
 def test_image_prompt_has_no_direction():

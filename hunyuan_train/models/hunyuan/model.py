@@ -131,8 +131,8 @@ class HunyuanVideo(nn.Module):
             text: states of the language model [B, L, text_dim].
             text_mask: [B, L] bool, True for valid tokens, right padded; None when every token of
                 every sample is valid, which avoids attention masks. Its values are not looked at
-                here (that would stall the device): pass the batch through ``check_text_mask`` or
-                ``trim_text`` where it is made. A sample without a valid token yields NaN.
+                here (that would stall the device), so check it where the batch is made: a sample
+                without a valid token yields NaN. ``trim_text`` cuts what no sample needs.
             pooled: pooled text vector [B, pooled_dim].
             guidance: 1000 * guidance scale, [B], float32; exactly when ``cfg.guidance_embed``.
 

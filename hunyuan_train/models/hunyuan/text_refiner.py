@@ -1,4 +1,4 @@
-"""Token refiner of the language model's states, and the checks of their mask.
+"""Token refiner of the language model's states.
 
 Source: HunyuanVideo (arXiv 2412.03603), section 4.3 (bidirectional refiner, after LI-DiT).
 """
@@ -15,35 +15,6 @@ from hunyuan_train.models.layers import NORM_EPS, Mlp, ScalarEmbedder, gated_add
 from hunyuan_train.models.shapes import PerSample, TextMask, TxtTokens, Vec
 
 
-def check_text_mask(text_mask: TextMask) -> list[int]:
-    """Return the number of valid tokens of each sample, or raise.
-
-    Call it where the batch is made, on the CPU: the model itself never looks at the mask's values,
-    because that would stall the device once per forward.
-
-    Args:
-        text_mask: [B, L], True for valid tokens, which must all come first (right padding).
-
-    Raises:
-        ValueError: a sample has no valid token (its masked mean would be 0/0), or padding before a
-            valid token (the joint sequence assumes valid text right after the image tokens).
-    """
-    lengths: list[int] = text_mask.sum(dim=1).tolist()
-    last = (text_mask * torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)).amax(1)
-    for sample, (length, end) in enumerate(zip(lengths, last.tolist(), strict=True)):
-        if length == 0:
-            raise ValueError(
-                f"text mask of sample {sample} is empty; give at least one valid token "
-                "(an empty caption still has its template's tokens)"
-            )
-        if length != end:
-            raise ValueError(
-                f"text mask of sample {sample} has {length} valid tokens but the last one is at "
-                f"position {end}; pad on the right"
-            )
-    return lengths
-
-
 def trim_text(text: Tensor, text_mask: TextMask) -> tuple[Tensor, Tensor | None]:
     """Cut padding that no sample needs, and drop the mask when nothing is left to mask.
 
@@ -52,17 +23,14 @@ def trim_text(text: Tensor, text_mask: TextMask) -> tuple[Tensor, Tensor | None]
 
     Args:
         text: [B, L, text_dim].
-        text_mask: [B, L].
+        text_mask: [B, L], right padded, at least one valid token in every row.
 
     Returns:
         Text [B, L', text_dim] with L' the longest valid length, and its mask or None.
-
-    Raises:
-        ValueError: see ``check_text_mask``.
     """
-    lengths = check_text_mask(text_mask)
-    longest = max(lengths)
-    ragged = min(lengths) < longest
+    lengths = text_mask.sum(dim=1)
+    longest = int(lengths.max())
+    ragged = int(lengths.min()) < longest
     return text[:, :longest], text_mask[:, :longest] if ragged else None
 
 
