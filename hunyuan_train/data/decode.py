@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Interpolation
 
 from hunyuan_train.data.buckets import Bucket, CoverCrop
@@ -250,7 +251,8 @@ def _check_content(path: Path) -> None:
 
 def _open(path: Path) -> Any:
     # Non-UTF-8 tags must not fail a good file; av 19 ignores them and drops the argument.
-    options = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+    older = int(av.__version__.split(".")[0]) < 19
+    options: dict[str, Any] = {"metadata_errors": "ignore"} if older else {}
     try:
         return av.open(str(path), **options)
     except av.FFmpegError as error:
@@ -261,7 +263,7 @@ def _open(path: Path) -> Any:
 
 def _video_stream(container: Any) -> Any:
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        if not stream.disposition & Disposition.attached_pic:
             return stream
     audio = ", ".join(stream.codec_context.name for stream in container.streams.audio)
     detail = f"only audio ({audio})" if audio else "no audio either"

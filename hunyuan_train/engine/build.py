@@ -13,7 +13,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.index import LatentStore
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.engine.state import TrainState
-from hunyuan_train.models.registry import build_model, sharding_plan
+from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.parallel.apply import parallelize
@@ -104,7 +104,7 @@ def build_sharded_model(cfg: RunConfig, world: World) -> nn.Module:
     mesh = build_mesh(cfg.parallel, world.device.type, world.size)
     model = parallelize(model, sharding_plan(cfg.model), mesh, cfg.parallel)
     model.to_empty(device=world.device)
-    init_parameters(model, model.init_rules(), cfg.run.seed)
+    init_parameters(model, init_rules(model), cfg.run.seed)
     return model
 
 

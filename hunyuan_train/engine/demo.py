@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 SCORES_NAME = "scores.json"
 INTRO = (
     "A small VAE and a small diffusion transformer, trained from nothing on generated clips of "
-    "moving shapes. The prompts below combine colour, shape and direction in ways training never showed; "
-    "the scores are read from the pixels of the written mp4 files by plain image measurements."
+    "moving shapes. The prompts below combine colour, shape and direction in ways training never "
+    "showed; the scores are read from the pixels of the written mp4 files by plain image "
+    "measurements."
 )
 
 

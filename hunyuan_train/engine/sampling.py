@@ -21,7 +21,7 @@ from hunyuan_train.evaluation.video import (
     write_contact_sheet,
     write_sample,
 )
-from hunyuan_train.models.registry import build_model
+from hunyuan_train.models.registry import build_model, init_rules
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.runtime.dist import World, gather_objects
@@ -62,7 +62,7 @@ def load_model(cfg: RunConfig, checkpoint: Path, device: torch.device) -> nn.Mod
         model = build_model(cfg.model)
     model.to_empty(device="cpu")
     if cfg.sample.weights is SampleWeights.initial:
-        init_parameters(model, model.init_rules(), cfg.run.seed)
+        init_parameters(model, init_rules(model), cfg.run.seed)
     else:
         model.load_state_dict(load_weights(checkpoint, cfg.sample.weights.value))
     return model.to(device, getattr(torch, cfg.parallel.compute_dtype)).eval()

@@ -86,7 +86,7 @@ def bar_chart(
         texts = ["" if np.isnan(value) else f"{100 * value:.0f}%" for value in values]
         axes.bar_label(drawn, texts, padding=2, fontsize=8, color="#444")
     for place, target in zip(places, targets or [], strict=False):
-        label = "target" if place == 0 else None
+        label = "target" if place == 0 else "_nolegend_"
         axes.hlines(
             target, place - 0.42, place + 0.42, colors="#222", lw=1.2, linestyles="--", label=label
         )

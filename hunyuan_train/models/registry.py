@@ -1,14 +1,14 @@
 """Find a diffusion transformer by the ``kind`` of its config section."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.hunyuan.sharding import hunyuan_sharding_plan
-from hunyuan_train.models.spec import ShardingPlan
+from hunyuan_train.models.spec import InitRule, ShardingPlan
 
 
 class ModelEntry(NamedTuple):
@@ -37,6 +37,11 @@ def sharding_plan(cfg: HunyuanConfig) -> ShardingPlan:
         ValueError: no model is registered under ``cfg.kind``.
     """
     return _entry(cfg.kind).sharding_plan(cfg)
+
+
+def init_rules(model: nn.Module) -> dict[str, InitRule]:
+    """Return the initial value of every parameter of a registered model, by name."""
+    return cast(HunyuanVideo, model).init_rules()
 
 
 def _entry(kind: str) -> ModelEntry:

@@ -1,4 +1,4 @@
-"""A real but tiny run for tests: generated clips, a small VAE, a latent store, and its overrides."""
+"""A real but tiny run for tests: generated clips, a small VAE, a latent store, overrides."""
 
 import json
 import subprocess
