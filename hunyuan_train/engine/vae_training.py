@@ -6,21 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hunyuan_train.engine.vae_optimizer import VaeOptimizer
 from hunyuan_train.models.vae.config import TEMPORAL_RATIO
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import VaeLoss, vae_loss
-from hunyuan_train.optim.clip import clip_grad_norm
-from hunyuan_train.optim.config import OptimizerConfig, ScheduleKind
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.groups import step_if_finite
-from hunyuan_train.optim.schedule import learning_rate
 from hunyuan_train.runtime.seed import keyed_generator, keyed_normal
-
-FULL_RATE_INPUTS = 216
-"""Kernels with more inputs than 8 channels of 3x3x3 get a learning rate smaller in proportion."""
 
 NextBatch = Callable[[int], Tensor]
 """Step number to pixels [B, 3, F, H, W] in [-1, 1]; sizes may differ from step to step."""
@@ -77,20 +71,16 @@ def train_vae(
     """
     vae.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     vae.train()
-    recipe = _optimizer_config(cfg)
-    optimizer = build_vae_optimizer(vae, recipe)
-    ema = Ema(vae, recipe)
+    optimizer = VaeOptimizer(vae, cfg)
+    ema = Ema(vae, optimizer.recipe)
     losses: list[VaeLoss] = []
-    skips: list[Tensor] = []
+    skipped = 0
     started = time.perf_counter()
     for step in range(cfg.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(step, recipe, cfg.steps)
         loss = _forward(vae, cfg, crop(next_batch(step), cfg, seed, step), seed, step)
-        optimizer.zero_grad(set_to_none=True)
+        vae.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = clip_grad_norm(vae.parameters(), recipe.clip_norm)
-        skips.append(step_if_finite(optimizer, norm))
+        skipped += not optimizer.step(step)
         ema.update(step)
         losses.append(loss.detached())
         if on_step is not None:
@@ -102,31 +92,11 @@ def train_vae(
     return VaeTrainingSummary(
         steps=cfg.steps,
         seconds=seconds,
-        skipped=int(torch.stack(skips).sum().item()),
+        skipped=skipped,
         psnr_db=psnr_db,
         latent_std=latent_std,
         scaling_factor=vae.cfg.scaling_factor,
         curve=[_row(step, loss) for step, loss in enumerate(losses)],
-    )
-
-
-def build_vae_optimizer(vae: CausalVae3D, recipe: OptimizerConfig) -> torch.optim.AdamW:
-    """Return Adam with a learning rate per kernel size, in param_groups[...]["rate"].
-
-    An Adam update moves every weight by about lr, so a kernel's output moves by lr times its
-    inputs: the widest kernel would set the limit for all (Yang et al. 2022, Tensor Programs V).
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in vae.parameters():
-        inputs = parameter[0].numel() if parameter.ndim > 1 else 1
-        groups.setdefault(min(1.0, FULL_RATE_INPUTS / inputs), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": members, "rate": rate} for rate, members in groups.items()],
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        weight_decay=0.0,
-        fused=True,
     )
 
 
@@ -201,18 +171,6 @@ def _noise(like: Tensor, seed: int, step: int) -> Tensor:
     shape = tuple(like.shape[1:])
     rows = [keyed_normal(shape, seed, "vae_posterior", f"{step}:{row}") for row in range(len(like))]
     return torch.stack(rows).to(like)
-
-
-def _optimizer_config(cfg: VaeTrainingConfig) -> OptimizerConfig:
-    return OptimizerConfig(
-        lr=cfg.lr,
-        beta2=cfg.beta2,
-        warmup_steps=cfg.warmup_steps,
-        schedule=ScheduleKind.cosine,
-        min_lr_ratio=cfg.min_lr_ratio,
-        clip_norm=cfg.clip_norm,
-        ema_decay=cfg.ema_decay,
-    )
 
 
 def _row(step: int, loss: VaeLoss) -> dict[str, float]:

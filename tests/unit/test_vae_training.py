@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_train.engine.vae_training import build_vae_optimizer, crop, train_vae
+from hunyuan_train.engine.vae_optimizer import VaeOptimizer
+from hunyuan_train.engine.vae_training import crop, train_vae
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import vae_loss
-from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.runtime.seed import keyed_generator
 
 CONFIG = VaeConfig(
@@ -63,7 +63,7 @@ def test_kl_does_not_depend_on_the_size_of_a_sample():
 def test_training_learns_and_measures_the_latent_scale(tmp_path):
     vae = new_vae()
     rows: list[dict[str, float]] = []
-    cfg = VaeTrainingConfig(steps=40, lr=1e-3, warmup_steps=5, measure_batches=6)
+    cfg = VaeTrainingConfig(steps=40, warmup_steps=5, measure_batches=6)
     summary = train_vae(vae, cfg, patches, seed=0, on_step=rows.append)
     assert summary.steps == 40
     assert summary.skipped == 0
@@ -108,14 +108,27 @@ def test_a_batch_that_is_not_finite_is_skipped():
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
 
-def test_wide_kernels_get_smaller_rates():
+def test_kernels_move_by_equal_singular_values():
     vae = new_vae()
-    optimizer = build_vae_optimizer(vae, OptimizerConfig())
-    rates = {id(p): group["rate"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == len(list(vae.parameters()))
-    assert rates[id(vae.encoder.conv_in.conv.weight)] == 1.0  # 81 inputs
-    assert rates[id(vae.encoder.mid_block.resnets[0].conv1.conv.weight)] == 216 / 432
-    assert rates[id(vae.encoder.mid_block.resnets[0].conv1.conv.bias)] == 1.0
+    vae.to(memory_format=torch.channels_last_3d)
+    cfg = VaeTrainingConfig(steps=10, warmup_steps=0, kernel_lr=0.5, lr=0.25)
+    optimizer = VaeOptimizer(vae, cfg)
+    before = {name: value.detach().clone() for name, value in vae.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in vae.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    assert optimizer.step(0)
+    for name, value in vae.named_parameters():
+        moved = value.detach() - before[name]
+        if value.ndim > 1:
+            moved = moved.flatten(1)
+            widths = max(1.0, moved.shape[0] / moved.shape[1]) ** 0.5
+            # The Newton-Schulz iteration ends between 0.6 and 1.3 of the orthogonal step.
+            values = torch.linalg.svdvals(moved) / (0.5 * widths)
+            assert 0.5 < values.min() <= values.max() < 1.4, name
+        else:
+            # Adam's first step is the rate, in the sign of the gradient.
+            torch.testing.assert_close(moved, -0.25 * value.grad.sign(), rtol=0.05, atol=0.01)
 
 
 def test_crops_stay_legal_and_affordable():
