@@ -10,7 +10,7 @@ from torch import Tensor
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.layers import CausalConv3d, FrameCausalAttention
-from hunyuan_train.models.vae.model import CausalVae3D, Posterior
+from hunyuan_train.models.vae.model import CausalVae3D, Posterior, check_pixels
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
 
 
@@ -73,12 +73,16 @@ def test_shipped_configs(name):
         ((1, 3, 5, 20, 16), "height of 20 px .* multiple of 8, nearest are 16 and 24"),
         ((1, 3, 5, 16, 4), "width of 4 px .* nearest are 8 and 16"),
         ((1, 4, 5, 16, 16), r"\[1, 4, 5, 16, 16\] .* \[batch, 3, frames, height, width\]"),
-        ((3, 5, 16, 16), r"\[3, 5, 16, 16\] cannot be encoded"),
     ],
 )
 def test_refuses_pixels_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         CausalVae3D(tiny()).encode(torch.zeros(shape))
+
+
+def test_refuses_a_video_without_its_batch():
+    with pytest.raises(ValueError, match=r"\[3, 5, 16, 16\] cannot be encoded"):
+        check_pixels(torch.Size((3, 5, 16, 16)), 3)
 
 
 def test_refuses_foreign_latents():
@@ -129,8 +133,8 @@ def test_standard_deviation_is_clamped():
 
 def test_scale_and_unscale():
     vae = CausalVae3D(tiny(scaling_factor=0.25))
-    latents = torch.tensor([4.0, -8.0])
-    assert torch.equal(vae.scale(latents), torch.tensor([1.0, -2.0]))
+    latents = torch.tensor([4.0, -8.0]).view(1, 2, 1, 1, 1)
+    assert vae.scale(latents).flatten().tolist() == [1.0, -2.0]
     assert torch.equal(vae.unscale(vae.scale(latents)), latents)
 
 
