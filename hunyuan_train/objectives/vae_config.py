@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class VaeTrainingConfig:
     """Losses and optimizer of VAE training; the defaults suit conf/vae/tiny on plain shapes."""
 
-    steps: int = 700
+    steps: int = 600
     """Optimizer updates."""
     kernel_lr: float = 4e-3
     """Muon's learning rate of kernels and projections, after the warm-up, falling on a cosine."""
