@@ -43,7 +43,8 @@ class StageConfig:
     """Micro-batches each rank accumulates into one update."""
 
     init_from: str = ""
-    """Checkpoint folder whose weights and EMA the stage starts from; empty starts from scratch."""
+    """Run or checkpoint whose weights and EMA the stage starts from, or a folder of weights that
+    ``convert`` wrote; empty starts from scratch."""
 
     def __post_init__(self) -> None:
         """Check single fields.

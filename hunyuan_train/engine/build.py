@@ -8,6 +8,7 @@ from torch import nn
 
 from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
+from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.index import LatentStore
@@ -17,7 +18,7 @@ from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.parallel.apply import parallelize
-from hunyuan_train.parallel.init import init_parameters
+from hunyuan_train.parallel.init import fill_parameters, init_parameters
 from hunyuan_train.parallel.mesh import build_mesh
 from hunyuan_train.runtime.dist import World
 
@@ -114,5 +115,29 @@ def restore(run: TrainRun) -> None:
     if restored is not None:
         run.state.load_counters(restored.extra)
     elif run.cfg.stage.init_from:
-        identity = config_dict(run.cfg.model)
-        restore_into(run.cfg.stage.init_from, run.state.weights(), identity=identity)
+        start_from(run, Path(run.cfg.stage.init_from))
+
+
+def start_from(run: TrainRun, source: Path) -> None:
+    """Take the weights of another run's checkpoint, or of a folder that ``convert`` wrote.
+
+    A run gives its weights and its EMA; a folder gives one set of weights for both.
+
+    Raises:
+        ValueError: naming what is missing, damaged or of another shape.
+    """
+    if not any(source.glob("*.safetensors")):
+        restore_into(source, run.state.weights(), identity=config_dict(run.cfg.model))
+        return
+    tensors = open_source(source, ema=False)
+    for name, parameter in run.state.model.named_parameters():
+        if name not in tensors.infos:
+            raise ValueError(f"stage.init_from={source} lacks the tensor {name} of this model")
+        found, wanted = tuple(tensors.infos[name].shape), tuple(parameter.shape)
+        if found != wanted:
+            raise ValueError(
+                f"stage.init_from={source}: {name} is {list(found)} there and {list(wanted)} in "
+                "this model; choose the model config it was made with"
+            )
+    fill_parameters(run.state.model, tensors.read)
+    run.state.ema.reset()

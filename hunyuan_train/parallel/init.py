@@ -1,6 +1,6 @@
 """First values of a laid-out model, the same in every layout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,13 @@ def init_parameters(model: nn.Module, rules: Mapping[str, InitRule], seed: int) 
         full = torch.empty(parameter.shape, dtype=torch.float32)
         rule.fill(full, keyed_torch_generator(seed, "init", name))
         local_part(parameter).copy_(shard_of(full, parameter))
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Fill every parameter from whole tensors read one at a time; each rank keeps its part."""
+    for name, parameter in model.named_parameters():
+        local_part(parameter).copy_(shard_of(read(name), parameter))
 
 
 def local_part(parameter: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import make_data, overrides, rows, run_verb
+import torch
+from tiny_run import MODEL, make_data, overrides, rows, run_verb
 
+from hunyuan_train.checkpoint.load import load_weights
 from hunyuan_train.cli.main import main
 
 pytestmark = [pytest.mark.dist]
@@ -59,6 +61,23 @@ def test_second_stage_starts_from_the_weights_of_the_first(data: Path, tmp_path:
     assert main(["train", *overrides(data, one)]) == 0
     assert main(["train", *overrides(data, two, f"stage.init_from={one}", *frozen)]) == 0
     assert rows(two)[0]["loss"] < rows(one)[0]["loss"], "the second stage began from scratch"
+
+
+def test_training_starts_from_converted_weights(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    assert main(["train", *overrides(data, run)]) == 0
+    paths = [f"input={run}", f"output={weights}", "ema=true"]
+    assert main(["convert", "from=ours", "to=ours", "model=tiny", *MODEL, *paths]) == 0
+    fresh = overrides(data, tmp_path / "new", f"stage.init_from={weights}", "stage.steps=3")
+    assert main(["train", *fresh, "optimizer.lr=1e-12", "optimizer.weight_decay=0"]) == 0
+    trained, started = load_weights(run, "ema"), load_weights(tmp_path / "new", "model")
+    for name, tensor in trained.items():
+        torch.testing.assert_close(started[name], tensor, rtol=0, atol=1e-6, msg=name)
+    wider = ["model.num_single_blocks=3", f"stage.init_from={weights}"]
+    assert main(["train", *overrides(data, tmp_path / "wider", *wider)]) == 2
+    assert "lacks the tensor single_blocks.2" in capsys.readouterr().err
 
 
 def test_saved_run_refuses_another_config_and_another_model(
