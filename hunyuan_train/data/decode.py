@@ -129,7 +129,7 @@ class VideoReader:
         frame = self._first
         while frame is not None:
             key = frame.pts if self._keys.by_pts else position
-            index = wanted.pop(key, None)
+            index = None if key is None else wanted.pop(key, None)
             if index is not None:
                 yield index, frame
             if not wanted and not check_rest:
