@@ -1,0 +1,379 @@
+"""ZeRO by DeepSpeed: the same updates as ours, on DeepSpeed's flat partitions.
+
+DeepSpeed runs forward, backward, the reduction over data- and context-parallel ranks, the update
+and the gathering of updated weights. Norm, clipping and the decision to skip stay ours, so that
+they mean the same with every engine.
+
+DeepSpeed keeps the float32 master weights of many parameters in one flat tensor and cuts that
+evenly over ranks (stages 1 and 2), or cuts each parameter by itself (stage 3). Either way a rank
+owns at most one range of each flattened parameter, its :class:`Fragment`.
+
+Source: ZeRO (arXiv 1910.02054).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from hunyuan_train.parallel.config import Offload, ParallelConfig
+from hunyuan_train.parallel.gradients import sum_in_place
+from hunyuan_train.parallel.layout import Slices, whole_slices
+from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.parallel.view import WholeView
+
+_BUCKET = 100_000_000
+"""Elements per reduction: the largest weight of the 13B model has 66 million."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The range of one flattened tensor-parallel-local parameter that this rank owns."""
+
+    start: int
+    """First element, in the parameter."""
+    count: int
+    offset: int
+    """First element, in the flat tensors that hold it."""
+    flat: Tensor
+    """The flat float32 master weights the optimizer updates."""
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the fragment of a tensor that is laid out like :attr:`flat`, as a view."""
+        return flat.detach().narrow(0, self.offset, self.count)
+
+
+class DeepSpeedUpdates:
+    """Backward, clipping and update of a model whose state DeepSpeed shards.
+
+    Build it with :func:`build_deepspeed`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        axes: Axes,
+        slices: Mapping[str, Slices],
+        partial: Collection[str],
+    ) -> None:
+        """Find this rank's fragments and allocate their moments."""
+        self.module: nn.Module = engine
+        """What the forward calls."""
+        self._engine, self._zero = engine, engine.optimizer
+        self._adam: AdamW = engine.basic_optimizer
+        self._axes, self._slices, self._shapes = axes, slices, shapes
+        self._params = {n: p for n, p in engine.module.named_parameters() if n in shapes}
+        self._sharded = engine.zero_optimization_stage() == 3
+        self._places = _stage_three_places(self._zero) if self._sharded else {}
+        found = {name: self._locate(param) for name, param in self._params.items()}
+        self.fragments = {name: f for name, f in found.items() if f is not None}
+        """What this rank owns, by name."""
+        self._partial = [name for name in self.fragments if name in partial]
+        # DeepSpeed averages in stage 3 whatever it is told; before, it can be told to sum.
+        self._scale = axes.size("grads") if self._sharded else 1
+        for flat in {id(f.flat): f.flat for f in self.fragments.values()}.values():
+            self._adam.state[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                "exp_avg": torch.zeros_like(flat.detach()),
+                "exp_avg_sq": torch.zeros_like(flat.detach()),
+            }
+
+    def start_micro_step(self, *, last: bool) -> None:
+        """Prepare a forward; ``last`` says that the update follows its backward."""
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients: after the last call they are sums over calls and ranks.
+
+        Args:
+            loss: this rank's part of the loss, which is a sum over ranks and calls.
+            last: as in :meth:`start_micro_step`.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._scale, scale_wrt_gas=False)
+        if last and self._partial and self._axes.size("tp") > 1:
+            # Ranks of a tensor-parallel group own the same ranges, so the sum is elementwise.
+            sum_in_place([self._gradient(n) for n in self._partial], self._axes.group("tp"))
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global norm of at most ``max_norm``; 0 measures only.
+
+        Returns:
+            The 2-norm before, over the whole model: a scalar that is equal on every rank.
+        """
+        grads = self.local_gradients()
+        norm = self._global_norm(grads)
+        if max_norm > 0 and grads:
+            parts = list(grads.values())
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(parts, factor.to(parts[0].device))
+        return norm
+
+    def step(self, norm: Tensor) -> Tensor:
+        """Update unless ``norm`` is NaN or infinite, and drop the gradients.
+
+        Returns:
+            1.0 if the update was skipped, else 0.0: a float32 scalar.
+        """
+        skipped = (~torch.isfinite(norm)).to(torch.float32)
+        # The hooks torch.amp.GradScaler uses: the fused kernel reads the flag on the device.
+        self._adam.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        self._adam.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self._engine.step()
+        return skipped
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of the next updates."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """Return this rank's live float32 master weights by name: flat, none if it has none."""
+        return {name: f.of(f.flat) for name, f in self.fragments.items()}
+
+    def local_moments(self) -> dict[str, dict[str, Tensor]]:
+        """Return the live state of AdamW: ``step``, and the moments laid out like the weights.
+
+        Parameters in one flat tensor share one ``step``.
+        """
+        moments = {}
+        for name, fragment in self.fragments.items():
+            state = self._adam.state[fragment.flat]
+            moments[name] = {
+                key: value if value.ndim == 0 else fragment.of(value)
+                for key, value in state.items()
+            }
+        return moments
+
+    def view(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a fragment of parameter ``name`` as a checkpoint sees it: part of the whole."""
+        if tensor.dim() == 0:
+            return tensor
+        slices = self._slices.get(name) or whole_slices(self._shapes[name])
+        return WholeView.of(tensor, slices, flat_start=self.fragments[name].start)
+
+    @torch.no_grad()
+    def fill(self, read: Callable[[str], Tensor]) -> None:
+        """Overwrite all weights; ``read(name)`` gives a tensor-parallel-local parameter.
+
+        Master weights take the values unrounded, whatever the compute dtype.
+        """
+        for name in self._shapes:
+            value = read(name)
+            if (fragment := self.fragments.get(name)) is not None:
+                part = value.reshape(-1).narrow(0, fragment.start, fragment.count)
+                fragment.of(fragment.flat).copy_(part)
+        self.weights_changed()
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Bring the model's parameters in line with overwritten master weights, on all ranks."""
+        if not self._sharded:
+            self._zero.update_lp_params()
+            return
+        # What the end of DeepSpeed's own step does.
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def local_gradients(self) -> dict[str, Tensor]:
+        """Return the live gradients of the fragments, between the last backward and the step."""
+        return {name: self._gradient(name) for name in self.fragments}
+
+    @torch.no_grad()
+    def whole_gradients(self) -> dict[str, Tensor]:
+        """Return every gradient whole (tensor-parallel-local), for tests and certification.
+
+        Call it on all ranks between the last :meth:`backward` and :meth:`step`.
+        """
+        grads = {}
+        for name, shape in self._shapes.items():
+            flat = torch.zeros(torch.Size(shape).numel(), device=self._engine.device)
+            if (fragment := self.fragments.get(name)) is not None:
+                flat.narrow(0, fragment.start, fragment.count).copy_(self._gradient(name))
+            dist.all_reduce(flat, group=self._axes.group("grads"))
+            grads[name] = flat.view(shape)
+        return grads
+
+    def _global_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Return the 2-norm over all ranks, counting what every tp rank holds once."""
+        total = torch.zeros((), device=self._engine.device)
+        if grads:
+            norms = torch.stack(torch._foreach_norm(list(grads.values()), 2))
+            copies = [1 if name in self._slices else self._axes.size("tp") for name in grads]
+            total += (norms.square() / norms.new_tensor(copies)).sum()
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def _locate(self, param: Tensor) -> Fragment | None:
+        """Return this rank's fragment of a parameter, None if it has none."""
+        if self._sharded:
+            group, _ = self._places[id(param)]
+            _, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
+            start = self._axes.rank("grads") * size
+            count = max(min(size, param.ds_numel - start), 0)  # pyright: ignore[reportAttributeAccessIssue]
+            flat = self._zero.fp32_partitioned_groups_flat[group]
+        else:
+            mapping = param._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+            if mapping is None:
+                return None
+            start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            offset = mapping.hp_fragment_address.start
+            flat = self._adam.param_groups[mapping.param_group_index]["params"][0]
+        return Fragment(start, count, offset, flat) if count else None
+
+    def _gradient(self, name: str) -> Tensor:
+        """Return the live float32 gradient of this rank's fragment, after the last backward."""
+        param, fragment = self._params[name], self.fragments[name]
+        if not self._sharded:
+            mapping = param._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+            grad = mapping.get_lp_grad_fragment(param._index_in_param_group).view(-1)  # pyright: ignore[reportAttributeAccessIssue]
+            # Stage 1 in bfloat16 keeps whole gradients, of which the update takes the fragment.
+            whole = grad.numel() != fragment.count
+            return grad.narrow(0, fragment.start, fragment.count) if whole else grad
+        if fragment.flat.grad is not None:  # offloaded
+            return fragment.of(fragment.flat.grad)
+        group, position = self._places[id(param)]
+        return self._zero.averaged_gradients[group][position].narrow(0, 0, fragment.count)
+
+
+def build_deepspeed(
+    module: nn.Module,
+    optimizer_factory: Callable[[nn.Module], AdamW],
+    cfg: ParallelConfig,
+    axes: Axes,
+    slices: Mapping[str, Slices],
+    *,
+    partial: Collection[str] = (),
+    persistent_below: int = 100_000,
+) -> DeepSpeedUpdates:
+    """Hand ``module`` to DeepSpeed, which shards it over the ``grads`` axis.
+
+    Give it on ``meta`` and call :meth:`DeepSpeedUpdates.fill` afterwards to save memory; a module
+    with weights keeps them, unrounded in the master weights.
+
+    Args:
+        module: Cut for tensor parallelism already; its parameters are plain tensors.
+        optimizer_factory: Makes the AdamW whose groups and settings count; state is dropped.
+        cfg: Stage 1, 2 or 3, compute and reduce dtype, where the optimizer lives.
+        axes: This rank's place.
+        slices: Which part of the whole each cut parameter is; the others are whole.
+        partial: Parameters whose gradient is still to be added up over tensor-parallel ranks.
+        persistent_below: Smaller parameters stay gathered in stage 3.
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "parallel.zero_engine=deepspeed needs a package that is not installed: "
+            "`pip install hunyuan_train[deepspeed]`, or set parallel.zero_engine=torch"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    assert axes.mesh is not None, "a process that works alone has no groups to shard over"
+    on_gpu = axes.mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    # DeepSpeed insists on the variable even where a single process has no launcher.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    optimizer = optimizer_factory(module)
+    exact = _materialize(module, optimizer, getattr(torch, cfg.compute_dtype), device)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
+    for name, param in module.named_parameters():
+        param.tensor_model_parallel = name in slices  # pyright: ignore[reportAttributeAccessIssue]
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=_settings(cfg, on_gpu, persistent_below),
+        mpu=_model_parallel_unit(axes),
+        dist_init_required=False,
+    )
+    updates = DeepSpeedUpdates(engine, shapes, axes, slices, partial)
+    if exact:
+        updates.fill(exact.__getitem__)
+    return updates
+
+
+def _materialize(
+    module: nn.Module, optimizer: AdamW, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Bring the parameters to ``dtype`` on ``device``, and the optimizer along, without its state.
+
+    Returns:
+        The values that lost digits, kept on the CPU.
+    """
+    exact, names = {}, {}
+    for name, param in module.named_parameters():
+        names[id(param)] = name
+        if param.requires_grad and not param.is_meta and param.dtype != dtype:
+            exact[name] = param.detach().to("cpu", copy=True)
+        param.data = param.data.to(dtype)
+    if any(param.is_meta for param in module.parameters()):
+        module.to_empty(device=device)  # makes new parameters
+    now = dict(module.named_parameters())
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.update(params=[now[names[id(p)]] for p in group["params"]], fused=True, foreach=False)
+    return exact
+
+
+def _settings(cfg: ParallelConfig, on_gpu: bool, persistent_below: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: no averaging, no clipping, no accumulation count."""
+    stage, narrow = cfg.zero_stage, cfg.compute_dtype == "bfloat16"
+    offload = cfg.offload_optimizer is Offload.cpu
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": _BUCKET,
+        "stage3_param_persistence_threshold": persistent_below,
+    }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    elif stage == 2 or (stage == 1 and not narrow):
+        zero["compute_grad_norm"] = False  # Ours is used; the other cases cannot do without.
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # set_gradient_accumulation_boundary says where
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[cfg.reduce_dtype],
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": narrow, "check_grad_overflow": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+def _model_parallel_unit(axes: Axes) -> SimpleNamespace:
+    """Return the six functions DeepSpeed asks for groups."""
+    return SimpleNamespace(
+        get_model_parallel_rank=lambda: axes.rank("tp"),
+        get_model_parallel_world_size=lambda: axes.size("tp"),
+        get_model_parallel_group=lambda: axes.group("tp"),
+        get_data_parallel_rank=lambda: axes.rank("grads"),
+        get_data_parallel_world_size=lambda: axes.size("grads"),
+        get_data_parallel_group=lambda: axes.group("grads"),
+    )
+
+
+def _stage_three_places(zero: Any) -> dict[int, tuple[int, int]]:
+    """Return sub-group and position in it of every parameter, by id."""
+    return {
+        id(param): (group, position)
+        for group, members in enumerate(zero.fp16_groups)
+        for position, param in enumerate(members)
+    }
