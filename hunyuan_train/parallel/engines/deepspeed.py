@@ -274,16 +274,8 @@ def build_deepspeed(
     Raises:
         ValueError: DeepSpeed is not installed.
     """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(
-            "parallel.zero_engine=deepspeed needs a package that is not installed: "
-            "`pip install hunyuan_train[deepspeed]`, or set parallel.zero_engine=torch"
-        ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    assert axes.mesh is not None, "a process that works alone has no groups to shard over"
-    on_gpu = axes.mesh.device_type == "cuda"
+    deepspeed = _import_deepspeed(axes)
+    on_gpu = _device_type(axes) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     # DeepSpeed insists on the variable even where a single process has no launcher.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
@@ -306,6 +298,32 @@ def build_deepspeed(
     if exact:
         updates.fill(exact.__getitem__)
     return updates
+
+
+def _device_type(axes: Axes) -> str:
+    assert axes.mesh is not None, "a process that works alone has no groups to shard over"
+    return axes.mesh.device_type
+
+
+def _import_deepspeed(axes: Axes) -> Any:
+    """Import the package for the device of ``axes``.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    # Read at import: without it DeepSpeed takes a GPU whenever the machine has one.
+    os.environ.setdefault("DS_ACCELERATOR", _device_type(axes))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "parallel.zero_engine=deepspeed needs a package that is not installed: "
+            "`pip install hunyuan_train[deepspeed]`, or set parallel.zero_engine=torch"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPU it would compile an all-reduce for inference when the first engine is made.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _materialize(
