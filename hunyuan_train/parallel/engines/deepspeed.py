@@ -162,15 +162,17 @@ class DeepSpeedUpdates:
 
     @torch.no_grad()
     def fill(self, read: Callable[[str], Tensor]) -> None:
-        """Overwrite all weights; ``read(name)`` gives a tensor-parallel-local parameter.
+        """Overwrite all weights, on all ranks.
 
         Master weights take the values unrounded, whatever the compute dtype.
+
+        Args:
+            read: Gives a tensor-parallel-local parameter by name; only asked for those of which
+                this rank owns something.
         """
-        for name in self._shapes:
-            value = read(name)
-            if (fragment := self.fragments.get(name)) is not None:
-                part = value.reshape(-1).narrow(0, fragment.start, fragment.count)
-                fragment.of(fragment.flat).copy_(part)
+        for name, fragment in self.fragments.items():
+            part = read(name).reshape(-1).narrow(0, fragment.start, fragment.count)
+            fragment.of(fragment.flat).copy_(part)
         self.weights_changed()
 
     @torch.no_grad()
