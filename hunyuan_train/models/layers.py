@@ -26,6 +26,11 @@ FREQUENCY_DIM = 256
 MAX_PERIOD = 10_000.0
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def sinusoid(value: PerSample) -> Float[Tensor, "B 256"]:
     """Embed a scalar per sample as [cos(v f_i), sin(v f_i)], f_i = 10000^(-i/128), in float32.
 
@@ -136,7 +141,7 @@ class _RmsNormCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [B, S, A, 1]
         ctx.save_for_backward(x, weight, rstd)
@@ -145,8 +150,8 @@ class _RmsNormCpu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rstd = ctx.saved_tensors
-        grad, weight = grad.float(), weight.float()
-        normed = x.float() * rstd
+        grad, weight = widened(grad), widened(weight)
+        normed = widened(x) * rstd
         products = grad * normed
         mean = (products @ weight).div_(x.shape[-1])[..., None]
         d_x = (grad * weight).addcmul_(normed, mean, value=-1.0).mul_(rstd)
@@ -183,16 +188,19 @@ class PatchEmbed(nn.Module):
             in_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size
         )
 
-    def forward(self, latents: Latents) -> ImgTokens:
-        """Return tokens [B, N, D], frames slowest and columns fastest."""
+    def cut(self, latents: Latents) -> Patches:
+        """Return the patches [B, N, C*pt*ph*pw], frames slowest and columns fastest."""
         batch, channels, frames, height, width = latents.shape
         pt, ph, pw = self.patch_size
-        weight = self.proj.weight.flatten(1)  # [D, C*pt*ph*pw]
-        patches = latents.to(weight.dtype).reshape(
+        patches = latents.reshape(
             batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw
         )
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        return functional.linear(patches, weight, self.proj.bias)
+        return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+    def forward(self, patches: Patches) -> ImgTokens:
+        """Project [B, N, C*pt*ph*pw] to tokens [B, N, D]."""
+        weight = self.proj.weight.flatten(1)  # [D, C*pt*ph*pw]
+        return functional.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 def unpatchify(tokens: Patches, grid: tuple[int, int, int], patch_size: Sequence[int]) -> Velocity:

@@ -69,7 +69,8 @@ class _RotatePairs(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, A, R, 2]
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = wide.unflatten(-1, (-1, 2))  # [B, S, A, R, 2]
     if torch.compiler.is_compiling():
         # Inductor fuses these; it has no kernels for complex numbers.
         (a, b), cos, sin = pairs.unbind(-1), cos[:, None], sin[:, None]

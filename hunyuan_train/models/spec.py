@@ -7,9 +7,41 @@ of knowing the model's classes.
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+
+class Cut(StrEnum):
+    """How a linear is divided over tensor-parallel ranks.
+
+    Tokens may be in sequence shards between a ``ROW`` and the next ``COLUMN``; a vector (one per
+    sample) is whole on every rank outside such a pair.
+    """
+
+    COLUMN = "column"
+    """Rows of the weight: tokens in, this rank's heads or hidden units out."""
+    ROW = "row"
+    """Columns of the weight: this rank's heads or hidden units in, tokens out."""
+    VECTOR_COLUMN = "vector_column"
+    """As ``COLUMN``, for a vector."""
+    VECTOR_ROW = "vector_row"
+    """As ``ROW``, for a vector."""
+    GATHERED = "gathered"
+    """Rows of the weight, but every rank gets the whole output. What uses the output may work on
+    sequence shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCut:
+    """The cut of some linears."""
+
+    pattern: str
+    """Their module names; ``*`` matches anything."""
+    cut: Cut
+    parts: tuple[int, ...] = ()
+    """Sizes of the tensors fused in the cut dim, each of which is divided; empty for one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,10 +52,29 @@ class ShardingPlan:
     """Names of the repeated submodules, in execution order: each is gathered, run and released on
     its own by ZeRO, and is the unit of recomputation and compilation. Parameters outside every
     unit belong to the root."""
+    cuts: tuple[LinearCut, ...]
+    """Linears divided over tensor-parallel ranks; the first pattern that matches counts. All other
+    parameters are whole on every rank."""
+    per_head: tuple[str, ...]
+    """Patterns of whole parameters that each rank applies to its own heads only, so that their
+    gradient is a sum over tensor-parallel ranks."""
+    per_token: tuple[str, ...]
+    """Patterns of whole parameters that each rank applies to its own sequence shard."""
+    token_modules: tuple[str, ...]
+    """Names of the modules whose ``tokens`` says which tokens are here; "" is the model."""
+    core_modules: tuple[str, ...]
+    """Patterns of the modules whose ``core`` attends over sequence shards."""
+    divisors: tuple[tuple[str, int], ...]
+    """(config field, value) of what tensor-parallel ranks divide; the first is also divided by
+    Ulysses ranks."""
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the unit modules of ``model``, in execution order."""
         return [model.get_submodule(name) for name in self.units]
+
+    def cut_of(self, module_name: str) -> LinearCut | None:
+        """Return how the linear of this name is cut, None if it stays whole."""
+        return next((c for c in self.cuts if fnmatchcase(module_name, c.pattern)), None)
 
 
 class InitKind(StrEnum):

@@ -6,6 +6,7 @@ Sums and counts add up over micro-batches and ranks; whoever holds the global co
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 PATCH_CELLS = 4
@@ -17,7 +18,7 @@ class LossSum:
     """A loss that has not been divided yet."""
 
     sum: Tensor
-    """Scalar float32: mean squared error of each token, summed over tokens."""
+    """Scalar, float32 at least: mean squared error of each token, summed over tokens."""
     count: int
     """Latent tokens in the sum."""
 
@@ -39,7 +40,8 @@ def flow_matching_loss(pred: Tensor, target: Tensor) -> LossSum:
     """
     assert pred.shape == target.shape, (pred.shape, target.shape)
     batch, channels, frames, height, width = pred.shape
-    squared = (pred.float() - target.float()).square()
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    squared = (pred.to(dtype) - target.to(dtype)).square()
     return LossSum(
         sum=squared.sum() / (channels * PATCH_CELLS),
         count=batch * frames * height * width // PATCH_CELLS,

@@ -81,7 +81,7 @@ class DoubleStreamBlock(nn.Module):
         v = torch.cat([img_v, txt_v], dim=1)
         q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
         merged = self.core(q, k, v, key_mask)
-        img_out, txt_out = merged.split([img.shape[1], txt.shape[1]], dim=1)
+        img_out, txt_out = merged.split([img_q.shape[1], txt_q.shape[1]], dim=1)
 
         img = gated_add(img, img_attn_mod.gate, self.img_attn_proj(img_out))
         x = modulated_norm(img, img_mlp_mod.shift, img_mlp_mod.scale)
@@ -103,12 +103,12 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, cfg: HunyuanConfig) -> None:
         super().__init__()
         hidden, self.head_dim = cfg.hidden_size, cfg.head_dim
-        self.qkv_features, self.mlp_features = 3 * hidden, cfg.mlp_size
+        self.qkv_share, self.mlp_share = 3 * hidden, cfg.mlp_size
         self.modulation = Modulation(hidden, triples=1)
-        self.linear1 = nn.Linear(hidden, self.qkv_features + self.mlp_features)
+        self.linear1 = nn.Linear(hidden, self.qkv_share + self.mlp_share)
         self.q_norm = HeadNorm(self.head_dim)
         self.k_norm = HeadNorm(self.head_dim)
-        self.linear2 = nn.Linear(hidden + self.mlp_features, hidden)
+        self.linear2 = nn.Linear(hidden + self.mlp_share, hidden)
         self.core: AttentionCore = SdpaCore()
 
     def forward(
@@ -117,7 +117,9 @@ class SingleStreamBlock(nn.Module):
         """Update the joint tokens [B, N + L, D], image tokens first."""
         (mod,) = self.modulation(vec)
         hidden = self.linear1(modulated_norm(x, mod.shift, mod.scale))
-        qkv, mlp = hidden.split([self.qkv_features, self.mlp_features], dim=-1)
+        # By share, not by size: a column shard of linear1 holds a share of its heads and units.
+        mlp_features = hidden.shape[-1] * self.mlp_share // (self.qkv_share + self.mlp_share)
+        qkv, mlp = hidden.split([hidden.shape[-1] - mlp_features, mlp_features], dim=-1)
         q, k, v = split_heads(qkv, self.head_dim)
         q = apply_rope(self.q_norm(q), rope).to(v.dtype)
         k = apply_rope(self.k_norm(k), rope).to(v.dtype)

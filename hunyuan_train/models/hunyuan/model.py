@@ -11,7 +11,6 @@ Source: HunyuanVideo, arXiv 2412.03603, section 4.
 import torch
 from torch import Tensor, nn
 
-from hunyuan_train.models.attention import joint_key_mask
 from hunyuan_train.models.hunyuan.blocks import DoubleStreamBlock, SingleStreamBlock
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.sharding import hunyuan_sharding_plan
@@ -34,6 +33,7 @@ from hunyuan_train.models.spec import (
     fan_in_uniform,
     xavier_uniform,
 )
+from hunyuan_train.models.tokens import TokenLayout, WholeTokens
 
 
 class HunyuanVideo(nn.Module):
@@ -59,6 +59,7 @@ class HunyuanVideo(nn.Module):
         )
         self.final_layer = FinalLayer(cfg.hidden_size, cfg.out_channels * cfg.patch_volume)
         self.rope_cache = RopeCache(list(cfg.rope_axes), cfg.rope_theta)
+        self.tokens: TokenLayout = WholeTokens()
         self.init_weights()
 
     @property
@@ -146,19 +147,21 @@ class HunyuanVideo(nn.Module):
         vec = self.time_in(time) + self.vector_in(pooled)  # [B, D]
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(guidance)
-        img = self.img_in(latents)  # [B, N, D]
+        patches = self.img_in.cut(latents)  # [B, N, F]
+        img_tokens, txt_tokens = patches.shape[1], text.shape[1]
+        img = self.img_in(self.tokens.shard_img(patches))  # [B, N, D]
         txt = self.txt_in(text, time, text_mask)  # [B, L, D]
-        img_tokens, txt_tokens = img.shape[1], txt.shape[1]
-        key_mask = joint_key_mask(text_mask, img_tokens)  # [B, N+L]
+        txt = self.tokens.shard_txt(txt, txt_tokens)
         rope = self.rope_cache.get(grid, txt_tokens, latents.device)
+        apart, joined = self.tokens.rows(rope, text_mask, img_tokens, txt_tokens)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope, key_mask)
+            img, txt = block(img, txt, vec, apart.rope, apart.key_mask)
         x = torch.cat([img, txt], dim=1)  # [B, N+L, D]
         for block in self.single_blocks:
-            x = block(x, vec, rope, key_mask)
-        out = self.final_layer(x[:, :img_tokens], vec)  # [B, N, F]
-        return unpatchify(out, grid, self.cfg.patch_size)
+            x = block(x, vec, joined.rope, joined.key_mask)
+        out = self.final_layer(x[:, : img.shape[1]], vec)  # [B, N, F]
+        return unpatchify(self.tokens.gather_img(out, img_tokens), grid, self.cfg.patch_size)
 
     def _check_inputs(
         self, latents: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None

@@ -11,8 +11,9 @@ from torch.nn import functional
 from hunyuan_train.models.attention import AttentionCore, SdpaCore
 from hunyuan_train.models.hunyuan.blocks import split_heads
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.layers import NORM_EPS, Mlp, ScalarEmbedder, gated_add
+from hunyuan_train.models.layers import NORM_EPS, Mlp, ScalarEmbedder, gated_add, widened
 from hunyuan_train.models.shapes import PerSample, TextMask, TxtTokens, Vec
+from hunyuan_train.models.tokens import TokenLayout, WholeTokens
 
 
 def trim_text(text: Tensor, text_mask: TextMask) -> tuple[Tensor, Tensor | None]:
@@ -35,11 +36,12 @@ def trim_text(text: Tensor, text_mask: TextMask) -> tuple[Tensor, Tensor | None]
 
 
 def masked_mean(states: TxtTokens, text_mask: TextMask | None) -> Vec:
-    """Average the valid tokens of [B, L, D] in float32."""
+    """Average the valid tokens of [B, L, D] in float32 at least."""
+    states = widened(states)
     if text_mask is None:
-        return states.float().mean(dim=1)
-    weights = text_mask.float()[:, None, :]  # [B, 1, L]
-    total = torch.bmm(weights, states.float()).squeeze(1)
+        return states.mean(dim=1)
+    weights = text_mask.to(states.dtype)[:, None, :]  # [B, 1, L]
+    total = torch.bmm(weights, states).squeeze(1)
     return total / weights.sum(dim=-1)
 
 
@@ -102,6 +104,7 @@ class TextRefiner(nn.Module):
         self.t_embedder = ScalarEmbedder(cfg.hidden_size)
         self.c_embedder = ContextEmbedder(cfg.text_dim, cfg.hidden_size)
         self.individual_token_refiner = IndividualTokenRefiner(cfg)
+        self.tokens: TokenLayout = WholeTokens()
 
     def forward(self, text: Tensor, time: PerSample, text_mask: TextMask | None) -> TxtTokens:
         """Return text tokens [B, L, D].
@@ -113,4 +116,5 @@ class TextRefiner(nn.Module):
         """
         c = self.t_embedder(time) + self.c_embedder(masked_mean(text, text_mask))
         txt = self.input_embedder(text.to(self.input_embedder.weight.dtype))
-        return self.individual_token_refiner(txt, c, text_mask)
+        txt, key_mask = self.tokens.enter_refiner(txt, text_mask)
+        return self.individual_token_refiner(txt, c, key_mask)
