@@ -7,6 +7,7 @@ VERBS = {
     "train": "train one stage; under torchrun on every rank",
     "curriculum": "run the stages of conf/curriculum one after the other",
     "train-vae": "train a VAE on the clips of data.source, into run.vae",
+    "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",
     "sample": "videos from a run's weights and prompts",
     "convert": "weights between the official, our and the diffusers layout",

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 
 from hunyuan_train.checkpoint.config import CheckpointConfig
-from hunyuan_train.config.run import CurriculumConfig, DemoConfig, RunSection, StageConfig
+from hunyuan_train.config.run import (
+    CertifyConfig,
+    CurriculumConfig,
+    DemoConfig,
+    RunSection,
+    StageConfig,
+)
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
 from hunyuan_train.evaluation.config import SampleConfig
@@ -37,3 +43,4 @@ class RunConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
+    certify: CertifyConfig = field(default_factory=CertifyConfig)

@@ -1,6 +1,7 @@
 """Sections that belong to the run as a whole: where it lives, its stage, its curriculum."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +56,51 @@ class StageConfig:
         for name in ("steps", "micro_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name}={getattr(self, name)} must be at least 1")
+
+
+class CertifyWidth(StrEnum):
+    """How wide the model of a certificate is."""
+
+    full = "full"
+    small = "small"
+
+
+@dataclass(kw_only=True, slots=True)
+class CertifyConfig:
+    """The proof that a layout computes what one process computes."""
+
+    at_start: bool = True
+    """Whether ``train`` on several ranks proves its layout with a small model before it starts."""
+
+    width: CertifyWidth = CertifyWidth.full
+    """full keeps the model's widths; small keeps its heads and divides the rest, as the proof at
+    the start of ``train`` does."""
+
+    blocks: int = 2
+    """Double blocks and single blocks of the thin slice, each at most what the model has."""
+
+    steps: int = 1
+    """Updates to compare."""
+
+    tolerance: float = 1e-4
+    """Largest error of loss, output, gradient or weight, relative to the tensor's largest value, in
+    float32."""
+
+    tolerance_bf16: float = 0.1
+    """The same for a layout that computes in bfloat16, whose rounding hides small errors."""
+
+    def __post_init__(self) -> None:
+        """Check single fields.
+
+        Raises:
+            ValueError: naming the field and the value.
+        """
+        for name in ("blocks", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"certify.{name}={getattr(self, name)} must be at least 1")
+        for name in ("tolerance", "tolerance_bf16"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"certify.{name}={getattr(self, name)} must be between 0 and 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
@@ -15,11 +14,13 @@ from hunyuan_train.data.index import LatentStore
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
+from hunyuan_train.models.spec import InitRule
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.groups import build_optimizer
-from hunyuan_train.parallel.apply import parallelize
-from hunyuan_train.parallel.init import fill_parameters, init_parameters
-from hunyuan_train.parallel.mesh import build_mesh
+from hunyuan_train.optim.updates import build_updates
+from hunyuan_train.parallel.apply import ParallelModel, parallelize
+from hunyuan_train.parallel.init import init_parameters
+from hunyuan_train.parallel.mesh import Axes, build_axes
+from hunyuan_train.parallel.view import fill_part
 from hunyuan_train.runtime.dist import World
 
 
@@ -44,12 +45,14 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
     store = open_store(cfg)
-    loader = BucketLoader(store, cfg.data, cfg.run.seed, world.rank, world.size)
-    model = build_sharded_model(cfg, world)
+    model = build_parallel_model(cfg, world)
+    place = model.axes.rank("dp"), model.axes.size("dp")
+    loader = BucketLoader(store, cfg.data, cfg.run.seed, *place)
+    updates = build_updates(model, cfg.parallel, cfg.optimizer)
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, cfg.optimizer),
-        ema=Ema(model, cfg.optimizer),
+        updates=updates,
+        ema=Ema(model.module, cfg.optimizer, updates.local_weights()),
         loader=loader,
         skipped_updates=torch.zeros((), device=world.device),
     )
@@ -98,15 +101,26 @@ def open_store(cfg: RunConfig) -> LatentStore:
     return store
 
 
-def build_sharded_model(cfg: RunConfig, world: World) -> nn.Module:
+def build_parallel_model(cfg: RunConfig, world: World) -> ParallelModel:
     """Lay the model out without storage, then fill it from ``run.seed``, shard by shard."""
-    with torch.device("meta"):
-        model = build_model(cfg.model)
-    mesh = build_mesh(cfg.parallel, world.device.type, world.size)
-    model = parallelize(model, sharding_plan(cfg.model), mesh, cfg.parallel)
-    model.to_empty(device=world.device)
-    init_parameters(model, init_rules(model), cfg.run.seed)
+    axes = build_axes(cfg.parallel, world.device.type, world.size)
+    model, rules = lay_out(cfg, axes, world.device)
+    init_parameters(model, rules, cfg.run.seed)
     return model
+
+
+def lay_out(
+    cfg: RunConfig, axes: Axes, device: torch.device
+) -> tuple[ParallelModel, dict[str, InitRule]]:
+    """Return the model of ``cfg`` on ``axes``, allocated but not filled, and its first values."""
+    with torch.device("meta"):
+        module = build_model(cfg.model)
+    if cfg.parallel.compute_dtype == "float64":
+        module = module.double()
+    rules = init_rules(module)
+    model = parallelize(module, sharding_plan(cfg.model), axes, cfg.parallel)
+    model.module.to_empty(device=device)
+    return model, rules
 
 
 def restore(run: TrainRun) -> None:
@@ -114,6 +128,7 @@ def restore(run: TrainRun) -> None:
     restored = run.checkpoints.restore(run.state.tensors())
     if restored is not None:
         run.state.load_counters(restored.extra)
+        run.state.updates.weights_changed()
     elif run.cfg.stage.init_from:
         start_from(run, Path(run.cfg.stage.init_from))
 
@@ -128,16 +143,20 @@ def start_from(run: TrainRun, source: Path) -> None:
     """
     if not any(source.glob("*.safetensors")):
         restore_into(source, run.state.weights(), identity=config_dict(run.cfg.model))
+        run.state.updates.weights_changed()
         return
     tensors = open_source(source, ema=False)
-    for name, parameter in run.state.model.named_parameters():
+    views = run.state.weights()["model"]
+    for name, view in views.items():
         if name not in tensors.infos:
             raise ValueError(f"stage.init_from={source} lacks the tensor {name} of this model")
-        found, wanted = tuple(tensors.infos[name].shape), tuple(parameter.shape)
+        found, wanted = tuple(tensors.infos[name].shape), tuple(view.shape)
         if found != wanted:
             raise ValueError(
                 f"stage.init_from={source}: {name} is {list(found)} there and {list(wanted)} in "
                 "this model; choose the model config it was made with"
             )
-    fill_parameters(run.state.model, tensors.read)
+    for name, view in views.items():
+        fill_part(view, tensors.read(name))
+    run.state.updates.weights_changed()
     run.state.ema.reset()

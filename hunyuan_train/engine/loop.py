@@ -13,6 +13,7 @@ from hunyuan_train.config.compose import (
 )
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.build import build_run
+from hunyuan_train.engine.certify import certify_start
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.resilience.preemption import Preemption
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "resilience.",
     "sample.",
+    "certify.",
 )
 """Fields a resumed run may change: they do not touch the numbers it computes."""
 
@@ -45,6 +47,7 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
     Raises:
         ValueError: for a config, data or checkpoint the run cannot go on with.
     """
+    certify_start(cfg, world)
     claim_folder(cfg, world)
     run = build_run(cfg, world)
     state, last = run.state, cfg.stage.steps

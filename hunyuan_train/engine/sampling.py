@@ -1,17 +1,18 @@
-"""From a run folder and prompts to mp4 files and a contact sheet; ranks share the prompts."""
+"""From a run folder and prompts to mp4 files and a contact sheet, under any layout."""
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hunyuan_train.checkpoint.load import find_checkpoint, load_weights
+from hunyuan_train.checkpoint.load import find_checkpoint, restore_into
 from hunyuan_train.config.compose import CONFIG_NAME
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.engine.build import lay_out
 from hunyuan_train.engine.curriculum import read_ledger
 from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
 from hunyuan_train.evaluation.sample import sample_videos
@@ -21,9 +22,11 @@ from hunyuan_train.evaluation.video import (
     write_contact_sheet,
     write_sample,
 )
-from hunyuan_train.models.registry import build_model, init_rules
 from hunyuan_train.models.vae.state_dict import load_vae
+from hunyuan_train.parallel.apply import ParallelModel
+from hunyuan_train.parallel.config import Offload, ReduceEvery, ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
+from hunyuan_train.parallel.mesh import build_axes
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
@@ -56,16 +59,36 @@ def newest_weights(folder: Path) -> FinishedRun:
     raise ValueError(f"{folder} holds no checkpoint yet (finished stages: {done}); train it first")
 
 
-def load_model(cfg: RunConfig, checkpoint: Path, device: torch.device) -> nn.Module:
-    """Build the model on one device with the weights ``sample.weights`` names, for inference."""
-    with torch.device("meta"):
-        model = build_model(cfg.model)
-    model.to_empty(device="cpu")
+def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
+    """Build the model with the weights ``sample.weights`` names, for inference.
+
+    Tensor and context parallelism are those of the run; the ranks they leave share the samples,
+    each group with all weights, because ZeRO would make groups wait for each other at every layer.
+
+    Raises:
+        ValueError: the layout does not fit the number of processes.
+    """
+    layout = replace(
+        cfg.parallel,
+        zero_engine=ZeroEngine.torch,
+        offload_optimizer=Offload.none,
+        reduce_every=ReduceEvery.step,
+        zero_stage=0,
+        dp_replicate=1,
+        compute_dtype="float32",
+    )
+    axes = build_axes(layout, world.device.type, world.size)
+    # Weights are loaded in float32 and narrowed on the way to the device.
+    cpu = torch.device("cpu")
+    model, rules = lay_out(replace(cfg, parallel=layout), axes, cpu)
     if cfg.sample.weights is SampleWeights.initial:
-        init_parameters(model, init_rules(model), cfg.run.seed)
+        init_parameters(model, rules, cfg.run.seed)
     else:
-        model.load_state_dict(load_weights(checkpoint, cfg.sample.weights.value))
-    return model.to(device, getattr(torch, cfg.parallel.compute_dtype)).eval()
+        weights = {n: model.view(n, p.detach()) for n, p in model.module.named_parameters()}
+        sections = {"model": cfg.sample.weights.value}
+        restore_into(checkpoint, {"model": weights}, sections=sections)
+    model.module.to(world.device, getattr(torch, cfg.parallel.compute_dtype)).eval()
+    return model
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:
@@ -99,17 +122,19 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     prompts = read_prompts(cfg.sample)
     vae = load_vae(cfg.run.vae, world.device)
     text_encoder = build_text_encoder(cfg.text, world.device)
-    model = load_model(cfg, checkpoint, world.device)
+    model = load_model(cfg, checkpoint, world)
+    axes = model.axes
     folder = Path(cfg.sample.output or Path(cfg.run.dir) / "samples")
     count = len(prompts) * cfg.sample.num_per_prompt
     videos = sample_videos(
-        model,
+        model.module,
         vae,
         text_encoder,
         prompts,
         cfg.sample,
         progress=_log_progress if world.rank == 0 else None,
-        items=range(world.rank, count, world.size),
+        items=range(axes.rank("dp"), count, axes.size("dp")),
+        decode_share=(axes.rank("model"), axes.size("model")),
     )
     mine: list[tuple[int, int, str, Tensor]] = []
     for video in videos:

@@ -3,20 +3,20 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.groups import optimizer_tensors
+from hunyuan_train.optim.updates import Updates, viewed
+from hunyuan_train.parallel.apply import ParallelModel
 
 
 @dataclass(kw_only=True)
 class TrainState:
     """The state of one training stage. All randomness is keyed, so no generator state is here."""
 
-    model: nn.Module
-    optimizer: AdamW
+    model: ParallelModel
+    updates: Updates
     ema: Ema
     loader: BucketLoader
     skipped_updates: Tensor
@@ -27,17 +27,20 @@ class TrainState:
     tokens: int = 0
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return the live parameters and their average, sharded as they are."""
+        """Return the live weights and their average as parts of the whole model."""
         return {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
-            "ema": self.ema.state_dict(),
+            "model": viewed(self.updates, self.updates.local_weights()),
+            "ema": viewed(self.updates, self.ema.state_dict()),
         }
 
     def tensors(self) -> dict[str, Any]:
         """Return all live tensors to save; filling them in place restores the state."""
         return {
             **self.weights(),
-            "optimizer": optimizer_tensors(self.optimizer),
+            "optimizer": {
+                name: {key: self.updates.view(name, tensor) for key, tensor in moments.items()}
+                for name, moments in self.updates.local_moments().items()
+            },
             "counters": {"skipped_updates": self.skipped_updates},
         }
 

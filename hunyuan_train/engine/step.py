@@ -24,11 +24,9 @@ from hunyuan_train.objectives.flow_matching import (
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.objectives.timesteps import sample_sigmas
 from hunyuan_train.observability.flops import dit_forward_flops
-from hunyuan_train.optim.clip import clip_grad_norm
-from hunyuan_train.optim.groups import step_if_finite
-from hunyuan_train.optim.schedule import learning_rate, set_learning_rate
-from hunyuan_train.parallel.zero import average_gradients, set_gradient_sync
-from hunyuan_train.runtime.dist import World, sum_over_ranks
+from hunyuan_train.optim.schedule import learning_rate
+from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.runtime.dist import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,14 +113,14 @@ def training_flops(batch: Batch, cfg: RunConfig) -> int:
     ).training
 
 
-def global_counts(batches: list[Batch], cfg: RunConfig) -> tuple[int, int, float]:
-    """Return tokens, samples and FLOPs of the step over all ranks."""
+def global_counts(batches: list[Batch], cfg: RunConfig, axes: Axes) -> tuple[int, int, float]:
+    """Return tokens, samples and FLOPs of the step over all ranks with distinct data."""
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         samples = len(batch.sample_ids)
         row = [samples * batch.bucket.tokens, samples, training_flops(batch, cfg)]
         counts += torch.tensor(row, dtype=torch.float64)
-    tokens, samples, flops = sum_over_ranks(counts).tolist()
+    tokens, samples, flops = axes.sum(counts, "dp").tolist()
     return int(tokens), int(samples), flops
 
 
@@ -136,31 +134,31 @@ def train_step(
     """Accumulate gradients over ``batches``, clip, update, follow with the EMA.
 
     The loss is the mean over the tokens of the global batch, whatever buckets the ranks hold: each
-    rank back-propagates its loss sum over the global token count. Gradients are averaged over ranks
-    by the reduction, which the factor ``world.size`` undoes. An update whose gradient
-    norm is not finite is skipped on the device and counted.
+    rank back-propagates its loss sum over the global token count, and gradients are summed. Ranks
+    that share a batch compute the same loss. An update whose gradient norm is not finite is skipped
+    on the device and counted.
     """
-    tokens, samples, flops = global_counts(batches, cfg)
+    updates, axes = state.updates, state.model.axes
+    tokens, samples, flops = global_counts(batches, cfg, axes)
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
-    set_learning_rate(state.optimizer, lr)
-    total = torch.zeros((), device=world.device)
+    updates.set_learning_rate(lr)
+    losses: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
-        set_gradient_sync(state.model, number == len(batches))
+        last = number == len(batches)
+        updates.start_micro_step(last=last)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
-        predicted = state.model(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
+        predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum
-        (loss * (world.size / tokens)).backward()
-        total += loss.detach()
-    average_gradients(state.model)
-    norm = clip_grad_norm(state.model.parameters(), cfg.optimizer.clip_norm)
-    state.skipped_updates += step_if_finite(state.optimizer, norm)
+        updates.backward(loss / tokens, last=last)
+        losses.append(loss.detach())
+    norm = updates.clip(cfg.optimizer.clip_norm)
+    state.skipped_updates += updates.step(norm)
     state.ema.update(state.step)
-    state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.samples += samples
     state.tokens += tokens
     return StepMetrics(
-        loss=sum_over_ranks(total) / tokens,
+        loss=axes.sum(torch.stack(losses).sum(), "dp") / tokens,
         grad_norm=norm,
         tokens=tokens,
         samples=samples,

@@ -181,6 +181,7 @@ def sample_videos(
     cfg: SampleConfig,
     progress: Progress | None = None,
     items: Sequence[int] | None = None,
+    decode_share: tuple[int, int] = (0, 1),
 ) -> Iterator[SampledVideo]:
     """Sample every prompt `cfg.num_per_prompt` times and yield the decoded videos one by one.
 
@@ -195,6 +196,8 @@ def sample_videos(
         cfg: sizes and sampler settings; `cfg.prompts` is not read.
         progress: called with (steps done, steps in all).
         items: sample numbers to make, for a rank's share; all when None.
+        decode_share: (rank, ranks) among those that sample the same items with one model spread
+            over them; each decodes and yields every so many-th of them.
 
     Raises:
         ValueError: no prompts.
@@ -237,6 +240,8 @@ def sample_videos(
             progress=count_step,
         )
         for row, (prompt, repeat) in enumerate(keys):
+            if batch[row] % decode_share[1] != decode_share[0]:
+                continue
             # One at a time: decoding needs several times the memory of sampling.
             yield SampledVideo(
                 prompt=prompts[prompt],

@@ -6,12 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hunyuan_train.optim.clip import local_part
 from hunyuan_train.optim.config import OptimizerConfig
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard: averaging is elementwise, so shards need no communication."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
 
 class Ema:
@@ -21,11 +17,23 @@ class Ema:
     its shard only. Build it after sharding and after the weights are initialised or loaded.
     """
 
-    def __init__(self, model: nn.Module, cfg: OptimizerConfig) -> None:
-        """Start from the present weights of ``model``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: OptimizerConfig,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Start from the present weights of ``model``, or from ``weights``.
+
+        Args:
+            model: The model, whose trainable parameters are averaged by default.
+            cfg: Decay and warm-up.
+            weights: The live weights to average instead, by name, where another engine keeps them.
+        """
         self._cfg = cfg
         self._model = model
-        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._params = dict(weights) if weights is not None else trainable
         self._shadow = {
             # copy=True: without it a float32 parameter would be its own average.
             n: p.detach().to(torch.float32, copy=True)
@@ -43,8 +51,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the shadow towards the present weights; call it after optimizer update ``step``."""
         assert not self._swapped, "update() inside swap() would average the average"
-        shadow = [_local(s) for s in self._shadow.values()]
-        weights = [_local(p.detach()).float() for p in self._params.values()]
+        shadow = [local_part(s) for s in self._shadow.values()]
+        weights = [local_part(p.detach()).float() for p in self._params.values()]
         torch._foreach_lerp_(shadow, weights, 1.0 - self.decay(step))  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
@@ -52,7 +60,7 @@ class Ema:
         """Set the shadow to the present weights, e.g. after another stage's weights were loaded."""
         assert not self._swapped
         for name, param in self._params.items():
-            _local(self._shadow[name]).copy_(_local(param))
+            local_part(self._shadow[name]).copy_(local_part(param))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the live float32 shadow tensors by parameter name."""
@@ -107,7 +115,7 @@ class Ema:
                 reshard()
         narrow: dict[str, Tensor] = {}
         for name, param in self._params.items():
-            weight, shadow = _local(param.detach()), _local(self._shadow[name])
+            weight, shadow = local_part(param.detach()), local_part(self._shadow[name])
             if weight.dtype != torch.float32:
                 if backup is None:
                     narrow[name] = weight.clone()

@@ -1,15 +1,91 @@
 """The order in which a single-device model becomes a distributed one."""
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
 
 from hunyuan_train.models.spec import ShardingPlan
-from hunyuan_train.parallel.config import ParallelConfig
+from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
+from hunyuan_train.parallel.layout import Slices
+from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.parallel.sequence import ShardedTokens
+from hunyuan_train.parallel.tensor import apply_tensor
+from hunyuan_train.parallel.ulysses import ContextCore
+from hunyuan_train.parallel.view import WholeView
 from hunyuan_train.parallel.zero import apply_zero
 
 
+@dataclass(frozen=True, slots=True)
+class ParallelModel:
+    """A model laid out over ranks, and what its shards are shards of."""
+
+    module: nn.Module
+    axes: Axes
+    slices: dict[str, Slices]
+    """The part of the whole that each tensor-parallel parameter is, by name; others are whole."""
+    partial: frozenset[str]
+    """Parameters whose gradients have to be added up over tensor-parallel ranks."""
+
+    def view(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor like this rank's part of parameter ``name`` as a checkpoint sees it.
+
+        That is boxes of the whole where tensor parallelism cut it, else the tensor itself.
+        """
+        slices = self.slices.get(name)
+        return tensor if slices is None or tensor.dim() == 0 else WholeView.of(tensor, slices)
+
+
 def parallelize(
-    model: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, cfg: ParallelConfig
-) -> nn.Module:
-    """Apply the layout to a single-device ``model`` in place and return it."""
-    return apply_zero(model, plan, mesh, cfg)
+    model: nn.Module, plan: ShardingPlan, axes: Axes, cfg: ParallelConfig
+) -> ParallelModel:
+    """Apply the layout to a single-device ``model`` in place: TP and SP, then CP, then ZeRO.
+
+    Raises:
+        ValueError: heads or hidden units cannot be divided so, or a package is missing.
+    """
+    check_divisors(plan, cfg)
+    slices, partial = apply_tensor(model, plan, axes, cfg)
+    apply_context(model, plan, axes)
+    if cfg.zero_engine is ZeroEngine.torch:
+        apply_zero(model, plan, axes, cfg)
+    return ParallelModel(model, axes, slices, partial)
+
+
+def apply_context(model: nn.Module, plan: ShardingPlan, axes: Axes) -> None:
+    """Install sequence-sharded token streams and the attention that spans them."""
+    tokens = ShardedTokens(axes)
+    if tokens.shards == 1:
+        return
+    for name in plan.token_modules:
+        model.get_submodule(name).tokens = tokens  # pyright: ignore[reportArgumentType]
+    core = ContextCore(
+        axes.group("cp_ring") if axes.size("cp_ring") > 1 else None,
+        axes.group("cp_ulysses") if axes.size("cp_ulysses") > 1 else None,
+    )
+    for name, module in model.named_modules():
+        if hasattr(module, "core") and any(fnmatchcase(name, p) for p in plan.core_modules):
+            module.core = core
+
+
+def check_divisors(plan: ShardingPlan, cfg: ParallelConfig) -> None:
+    """Check that tensor-parallel and Ulysses ranks divide what they share.
+
+    Raises:
+        ValueError: naming the fields, their values and the ones that work.
+    """
+    field, heads = plan.divisors[0]
+    share = cfg.tp * cfg.cp_ulysses
+    if heads % share:
+        choices = " ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"parallel.tp={cfg.tp} * parallel.cp_ulysses={cfg.cp_ulysses} is {share}, which does "
+            f"not divide {field}={heads}; choose a product from {choices}"
+        )
+    for field, value in plan.divisors[1:]:
+        if value % cfg.tp:
+            choices = [n for n in range(1, heads + 1) if heads % n == 0 and value % n == 0]
+            raise ValueError(
+                f"parallel.tp={cfg.tp} does not divide {field}={value}; "
+                f"choose from {' '.join(str(n) for n in choices)}"
+            )

@@ -5,7 +5,7 @@ DTensor cannot say that its rows are several pieces of a bigger tensor; a :class
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -94,6 +94,12 @@ class WholeView(Tensor):
         raise NotImplementedError(
             f"{func} on a WholeView, which has no values of its own; use the tensor it was made of"
         )
+
+    def beside(self, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each live box with the region of ``whole`` (a plain tensor) that it stands for."""
+        for offset, box in self._boxes.items():
+            index = tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))
+            yield box, whole[index]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         """Return what this rank can write, for torch.distributed.checkpoint."""
@@ -185,3 +191,22 @@ def _fragment_boxes(
 
     boxes = flat_boxes(slices, flat_start, stop)
     return fragment, {torch.Size(box.whole): live(box) for box in boxes}
+
+
+@torch.no_grad()
+def parts_beside(part: Tensor, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what this rank stores of a tensor, piece by piece, beside the same of ``whole``.
+
+    Args:
+        part: A plain tensor, which is the whole, a DTensor cut by rows, or a :class:`WholeView`.
+        whole: All values, on the same device for comparing or on any for copying.
+    """
+    view = part if isinstance(part, WholeView) else WholeView.of(part)
+    return list(view.beside(whole))
+
+
+@torch.no_grad()
+def fill_part(part: Tensor, whole: Tensor) -> None:
+    """Overwrite what this rank stores of a tensor from all values."""
+    for mine, theirs in parts_beside(part, whole):
+        mine.copy_(theirs)

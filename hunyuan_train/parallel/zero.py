@@ -1,33 +1,33 @@
 """ZeRO sharding of parameters, gradients and optimizer state with ``fully_shard``."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from hunyuan_train.models.spec import ShardingPlan
-from hunyuan_train.parallel.config import ParallelConfig
+from hunyuan_train.parallel.config import ParallelConfig, ReduceEvery
+from hunyuan_train.parallel.mesh import Axes
 
 
-def apply_zero(
-    model: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, cfg: ParallelConfig
-) -> nn.Module:
-    """Shard ``model`` in place, each repeated unit on its own, and return it.
+def apply_zero(model: nn.Module, plan: ShardingPlan, axes: Axes, cfg: ParallelConfig) -> nn.Module:
+    """Shard ``model`` over dp_shard x cp in place, each repeated unit on its own, and return it.
 
-    Float32 on one rank needs neither shards nor casts, so it is left as it is, and so is a model
-    that every rank keeps whole (``zero_stage`` 0). Parameters stay float32 master weights; with
-    ``compute_dtype`` bfloat16 the gathered copies are bfloat16.
+    Without bfloat16, one rank needs neither shards nor casts, so it is left as it is, and so is a
+    model that every rank keeps whole (``zero_stage`` 0). Parameters stay float32 master weights;
+    with ``compute_dtype`` bfloat16 the gathered copies are bfloat16.
     """
     compute = getattr(torch, cfg.compute_dtype)
-    if cfg.zero_stage == 0 or (mesh.size() == 1 and compute is torch.float32):
+    if cfg.zero_stage == 0 or (axes.size("grads") == 1 and compute is not torch.bfloat16):
         return model
+    reduce = getattr(torch, cfg.reduce_dtype)
     policy = MixedPrecisionPolicy(
         param_dtype=compute,
-        reduce_dtype=getattr(torch, cfg.reduce_dtype),
+        reduce_dtype=compute if compute is torch.float64 else reduce,
         cast_forward_inputs=False,
     )
-    where = mesh if cfg.dp_replicate > 1 else mesh["dp_shard"]
+    assert axes.zero_mesh is not None
+    hybrid = cfg.dp_replicate > 1
+    where = axes.zero_mesh["dp_replicate", "zero"] if hybrid else axes.zero_mesh["zero"]
     reshard = cfg.zero_stage == 3
     for unit in plan.modules(model):
         fully_shard(unit, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
@@ -35,23 +35,17 @@ def apply_zero(
     return model
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Reduce gradients over ranks in the next backward, or only accumulate them locally."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether ``apply_zero`` sharded the model."""
+    return isinstance(model, FSDPModule)
 
 
-@torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Average the gradients of a model that every rank holds whole, in one reduction.
+def set_micro_step(model: nn.Module, cfg: ParallelConfig, last: bool) -> None:
+    """Say before a forward whether the backward after it is the last one of the update.
 
-    A sharded model's gradients were averaged in its backward, so it is left alone.
+    Before the last one, gradients are added up on each rank without a reduction, unless
+    ``reduce_every`` is micro_step; stage 1 also keeps the gathered parameters until then.
     """
-    if isinstance(model, FSDPModule) or dist.get_world_size() == 1:
-        return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or cfg.reduce_every is ReduceEvery.micro_step)
+        model.set_reshard_after_backward(last or cfg.zero_stage > 1)

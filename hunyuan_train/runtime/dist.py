@@ -57,9 +57,14 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+def ranks_in_world() -> int:
+    """Return the number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add a tensor over all ranks in place and return it."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if ranks_in_world() > 1:
         dist.all_reduce(values)
     return values
 
@@ -68,6 +73,13 @@ def max_over_ranks(values: Tensor) -> Tensor:
     """Take the element-wise maximum over all ranks in place and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def broadcast_from_first(values: Tensor) -> Tensor:
+    """Overwrite a tensor with that of rank 0, in place, and return it."""
+    if ranks_in_world() > 1:
+        dist.broadcast(values, 0)
     return values
 
 

@@ -64,16 +64,28 @@ def test_a_bad_gradient_of_one_rank_is_seen_by_all(bad: float):
     assert [finite for _, _, finite in run_distributed(_clip_mixed, 4, 1.0, bad)] == [False] * 4
 
 
-def _clip_partial(rank: int, world: int) -> tuple[float, torch.Tensor]:
+def _clip_partial(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    local = torch.full((4,), 1.0 + rank)
     param = nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Replicate()]))
-    param.grad = DTensor.from_local(local, mesh, [Partial()])
-    norm = clip_grad_norm([param], 1.0)
-    return norm.item(), param.grad.full_tensor()
+    param.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    clip_grad_norm([param], 1.0)
 
 
-def test_gradients_that_still_have_to_be_summed_are_summed_first():
-    for norm, grad in run_distributed(_clip_partial, 2):
-        assert norm == pytest.approx(6.0)
-        torch.testing.assert_close(grad, torch.full((4,), 0.5))
+def test_gradients_that_still_have_to_be_summed_are_refused():
+    with pytest.raises(RankError, match="must be summed before they are clipped"):
+        run_distributed(_clip_partial, 2)
+
+
+def _clip_cut(rank: int, world: int) -> tuple[float, list[float]]:
+    cut, whole = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    cut.grad, whole.grad = torch.full((2,), 1.0 + 2.0 * rank), torch.full((2,), 4.0)
+    norm = clip_grad_norm([cut, whole], 1.0, cuts=[2, 1])
+    return norm.item(), cut.grad.tolist()
+
+
+def test_tensor_parallel_parts_count_once_and_copies_once():
+    # Parts 1 1 | 3 3 and one copy of 4 4.
+    expected = (1 + 1 + 9 + 9 + 16 + 16) ** 0.5
+    for rank, (norm, grad) in enumerate(run_distributed(_clip_cut, 2)):
+        assert norm == pytest.approx(expected)
+        assert grad == pytest.approx([(1 + 2 * rank) / expected] * 2)

@@ -44,7 +44,7 @@ def test_saved_config_takes_overrides_and_shows_the_difference(tmp_path: Path) -
         ("optimizer.lr=-1", r"optimizer\.lr=-1\.0 must be above 0"),
         ("model=huge", r"model=huge does not exist; choose from .*tiny"),
         ("stage.steps", r"'stage\.steps' is not an override; write section\.field=value"),
-        ("parallel.zero_stage=5", r"parallel\.zero_stage=5 is unknown; choose 0, 2 or 3"),
+        ("parallel.zero_stage=5", r"parallel\.zero_stage=5 is unknown; choose 0 1 2 3"),
         ("model.rope_axes=[4,4,4]", r"model\.rope_axes=\[4, 4, 4\] adds up to 12"),
         ("model.text_dim=32", r"model\.text_dim=32 does not match text\.text_dim=64"),
         ("model.in_channels=4", r"model\.in_channels=4 does not match vae\.latent_channels=16"),
