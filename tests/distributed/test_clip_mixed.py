@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed import run_distributed
+from distributed import RankError, run_distributed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
