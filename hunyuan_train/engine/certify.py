@@ -76,11 +76,12 @@ def certify(cfg: RunConfig, world: World) -> list[Certificate]:
     dtypes = ["float32"]
     if cfg.parallel.compute_dtype != "float32":
         dtypes.append(cfg.parallel.compute_dtype)
+    cfg = thin_slice(cfg)
+    shapes = trial_shapes(cfg, world.size)
+    alone = train_alone(cfg, world, shapes)
     return [
         compare(
-            replace(thin_slice(cfg), parallel=replace(cfg.parallel, compute_dtype=dtype)),
-            world,
-            trial_shapes(cfg, world.size),
+            replace(cfg, parallel=replace(cfg.parallel, compute_dtype=dtype)), world, shapes, alone
         )
         for dtype in dtypes
     ]
@@ -141,24 +142,29 @@ def trial_shapes(cfg: RunConfig, world_size: int) -> list[MicroBatch]:
     return [video if number % 2 == 0 else image for number in range(2 * max(dp, 1))]
 
 
-def compare(cfg: RunConfig, world: World, shapes: list[MicroBatch]) -> Certificate:
-    """Train the layout of ``cfg`` and one process on the same batches and compare everything.
+def train_alone(cfg: RunConfig, world: World, shapes: list[MicroBatch]) -> TrialResult | None:
+    """Return what rank 0 computes alone on the batches of all ranks, None on other ranks."""
+    if world.rank:
+        return None
+    return run_trial(reference_config(cfg), Axes.alone(), world, shapes, cfg.certify.steps)
+
+
+def compare(
+    cfg: RunConfig, world: World, shapes: list[MicroBatch], alone: TrialResult | None
+) -> Certificate:
+    """Train the layout of ``cfg`` and compare everything with what one process computed.
 
     Args:
         cfg: the model to compare and its layout.
         world: all ranks.
         shapes: the micro-batches of one global step.
+        alone: of ``train_alone``, with the same model and batches.
     """
     started = time.perf_counter()
     axes = build_axes(cfg.parallel, world.device.type, world.size)
-    steps = cfg.certify.steps
     micro = len(shapes) // axes.size("dp")
     laid_out = replace(cfg, stage=replace(cfg.stage, micro_steps=micro))
-    ours = run_trial(laid_out, axes, world, shapes, steps)
-    alone = None
-    if world.rank == 0:
-        single = reference_config(cfg, len(shapes))
-        alone = run_trial(single, Axes.alone(), world, shapes, steps)
+    ours = run_trial(laid_out, axes, world, shapes, cfg.certify.steps)
     errors = _errors(ours, alone, axes)
     merged = {
         name: max(_not_a_number_last(part[name]) for part in gather_objects(errors))

@@ -16,6 +16,7 @@ from hunyuan_train.engine.step import train_step
 from hunyuan_train.models.spec import InitKind, InitRule
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates
+from hunyuan_train.parallel.config import ParallelConfig
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.dist import World
@@ -110,11 +111,10 @@ def run_trial(
     )
 
 
-def reference_config(cfg: RunConfig, micro_steps: int) -> RunConfig:
+def reference_config(cfg: RunConfig) -> RunConfig:
     """Return ``cfg`` for one process with torch alone, in float32 (float64 stays)."""
     dtype = "float64" if cfg.parallel.compute_dtype == "float64" else "float32"
-    parallel = type(cfg.parallel)(zero_stage=0, compute_dtype=dtype)
-    return replace(cfg, parallel=parallel, stage=replace(cfg.stage, micro_steps=micro_steps))
+    return replace(cfg, parallel=ParallelConfig(zero_stage=0, compute_dtype=dtype))
 
 
 def _nowhere_zero(rules: Mapping[str, InitRule]) -> dict[str, InitRule]:

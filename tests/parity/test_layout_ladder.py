@@ -1,0 +1,104 @@
+"""The ladder: every layout trains what one process trains, after three updates."""
+
+from dataclasses import replace
+
+import pytest
+from distributed import RankError, run_distributed
+
+pytestmark = pytest.mark.dist
+
+TWO = {
+    "tp2": "tp=2",
+    "tp2+sp": "tp=2 sp=true",
+    "ring2": "cp_ring=2",
+    "ulysses2": "cp_ulysses=2",
+    "zero0": "zero_stage=0",
+    "zero1": "zero_stage=1",
+    "zero2": "zero_stage=2",
+    "zero2 reducing every micro-step": "zero_stage=2 reduce_every=micro_step",
+    "zero3": "zero_stage=3",
+}
+FOUR = {
+    "tp4": "tp=4",
+    "ring4": "cp_ring=4",
+    "ulysses2 x ring2": "cp_ulysses=2 cp_ring=2",
+    "dp_replicate2 x dp_shard2": "dp_replicate=2",
+    "tp2 x ring2": "tp=2 cp_ring=2",
+    "tp2+sp x ulysses2": "tp=2 sp=true cp_ulysses=2",
+    "tp2 x dp_shard2": "tp=2",
+    "ring2 x dp_shard2": "cp_ring=2 reduce_every=micro_step",
+    "tp2+sp, zero0": "tp=2 sp=true zero_stage=0",
+}
+EIGHT = {"tp2+sp x ring2 x dp_shard2": "tp=2 sp=true cp_ring=2"}
+LAYOUTS = {2: TWO, 4: FOUR, 8: EIGHT}
+
+MODEL = ["model.num_double_blocks=2", "model.num_single_blocks=2", "model.mlp_ratio=2"]
+DIVIDES = [*MODEL, "model.num_heads=4", "model.hidden_size=32", "model.rope_axes=[2,2,4]"]
+UNEVEN = [*MODEL, "model.num_heads=6", "model.hidden_size=60", "model.rope_axes=[2,4,4]"]
+"""Six heads of ten channels; 105 or 35 image tokens and 13 of text leave a rest on every axis."""
+NOT_SIX = {"tp4", "ulysses2 x ring2 x tp2", "tp2+sp x ulysses2"}
+"""Layouts that four does not divide six heads for."""
+
+CASES = [
+    pytest.param(world, kind, dtype, id=f"{world} ranks, {kind}, {dtype}")
+    for world in LAYOUTS
+    for kind in ("divides", "uneven")
+    for dtype in ("float32", "float64")
+]
+
+
+def climb(
+    rank: int, world: int, layouts: dict[str, str], kind: str, dtype: str
+) -> dict[str, dict[str, float] | str]:
+    """Return the errors of each layout against one process, or what it says when impossible."""
+    import torch
+
+    from hunyuan_train.config.compose import compose_config
+    from hunyuan_train.data.buckets import Bucket
+    from hunyuan_train.engine.certify import compare, train_alone
+    from hunyuan_train.engine.trial import MicroBatch
+    from hunyuan_train.runtime.dist import World
+
+    divides = kind == "divides"
+    video, image = (9, 64, 64) if divides else (9, 80, 112), (1, 64, 64) if divides else (1, 80, 112)
+    shapes = [
+        MicroBatch(Bucket(*video), (8, 4, 6) if divides else (13, 4, 7)),
+        MicroBatch(Bucket(*image), (8,)),
+        MicroBatch(Bucket(*video), (5,)),
+        MicroBatch(Bucket(*image), (3, 8, 8)),
+    ]
+    base = compose_config(
+        [
+            *(DIVIDES if divides else UNEVEN),
+            "optimizer.warmup_steps=0",
+            "certify.steps=3",
+            "run.device=cpu",
+            "parallel.zero_stage=0",
+            f"parallel.compute_dtype={dtype}",
+        ]
+    )
+    here = World(rank=rank, local_rank=rank, size=world, device=torch.device("cpu"))
+    alone = train_alone(base, here, shapes)
+    results: dict[str, dict[str, float] | str] = {}
+    for name, fields in layouts.items():
+        overrides = [f"parallel.{field}" for field in fields.split()]
+        parallel = compose_config([*overrides, f"parallel.compute_dtype={dtype}"]).parallel
+        try:
+            results[name] = compare(replace(base, parallel=parallel), here, shapes, alone).errors
+        except ValueError as error:
+            results[name] = str(error)
+    return results
+
+
+@pytest.mark.parametrize(("world", "kind", "dtype"), CASES)
+def test_every_layout_trains_what_one_process_trains(world: int, kind: str, dtype: str):
+    results = run_distributed(climb, world, LAYOUTS[world], kind, dtype, timeout_s=240)[0]
+    tolerance = 1e-10 if dtype == "float64" else 1e-5
+    for layout, errors in results.items():
+        if kind == "uneven" and layout in NOT_SIX:
+            assert "does not divide model.num_heads=6; choose a product from 1 2 3 6" in errors
+            continue
+        assert isinstance(errors, dict), f"{layout}: {errors}"
+        over = {name: error for name, error in errors.items() if not error <= tolerance}
+        assert not over, f"{layout}: {over}"
+        assert len(errors) > 70
