@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from distributed import RankError, run_distributed
+from distributed import run_distributed
 
 pytestmark = pytest.mark.dist
 
@@ -60,7 +60,10 @@ def climb(
     from hunyuan_train.runtime.dist import World
 
     divides = kind == "divides"
-    video, image = (9, 64, 64) if divides else (9, 80, 112), (1, 64, 64) if divides else (1, 80, 112)
+    video, image = (
+        (9, 64, 64) if divides else (9, 80, 112),
+        (1, 64, 64) if divides else (1, 80, 112),
+    )
     shapes = [
         MicroBatch(Bucket(*video), (8, 4, 6) if divides else (13, 4, 7)),
         MicroBatch(Bucket(*image), (8,)),
