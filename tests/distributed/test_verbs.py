@@ -106,7 +106,11 @@ def test_saved_run_refuses_another_config_and_another_model(
         ("train", ["data.latents="], "data.latents is empty; give it the folder"),
         ("train", ["data.train_durations=[17]"], "no usable sample: data.train_anchors"),
         ("train", ["model.text_dim=32", "text.text_dim=32"], "have text_dim=64; precompute again"),
-        ("train", ["parallel.dp_replicate=3"], "does not divide the world size 1; choose parallel.dp_replicate in 1"),
+        (
+            "train",
+            ["parallel.dp_replicate=3"],
+            "does not divide the world size 1; choose parallel.dp_replicate in 1",
+        ),
         ("train", ["stage.init_from=nowhere"], "nowhere holds no checkpoint"),
         ("precompute", ["run.vae="], "run.vae is empty"),
         ("precompute", ["run.vae=nowhere"], "config.json does not exist; a VAE folder holds"),
