@@ -1,5 +1,6 @@
 """The composition root: a config and a world in, the parts of a training run out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.updates import build_updates
+from hunyuan_train.optim.updates import Updates, build_updates, viewed
 from hunyuan_train.parallel.apply import ParallelModel, parallelize
+from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes, build_axes
 from hunyuan_train.parallel.view import fill_part
@@ -45,10 +47,12 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
     store = open_store(cfg)
-    model = build_parallel_model(cfg, world)
+    axes = build_axes(cfg.parallel, world.device.type, world.size)
+    model, rules = lay_out(cfg, axes, world.device)
     place = model.axes.rank("dp"), model.axes.size("dp")
     loader = BucketLoader(store, cfg.data, cfg.run.seed, *place)
     updates = build_updates(model, cfg.parallel, cfg.optimizer)
+    init_weights(updates, rules, cfg.run.seed)
     state = TrainState(
         model=model,
         updates=updates,
@@ -101,26 +105,28 @@ def open_store(cfg: RunConfig) -> LatentStore:
     return store
 
 
-def build_parallel_model(cfg: RunConfig, world: World) -> ParallelModel:
-    """Lay the model out without storage, then fill it from ``run.seed``, shard by shard."""
-    axes = build_axes(cfg.parallel, world.device.type, world.size)
-    model, rules = lay_out(cfg, axes, world.device)
-    init_parameters(model, rules, cfg.run.seed)
-    return model
-
-
 def lay_out(
     cfg: RunConfig, axes: Axes, device: torch.device
 ) -> tuple[ParallelModel, dict[str, InitRule]]:
-    """Return the model of ``cfg`` on ``axes``, allocated but not filled, and its first values."""
+    """Return the model of ``cfg`` on ``axes``, not filled, and the rules of its first values.
+
+    DeepSpeed allocates for itself; the model it gets has no storage.
+    """
     with torch.device("meta"):
         module = build_model(cfg.model)
     if cfg.parallel.compute_dtype == "float64":
         module = module.double()
     rules = init_rules(module)
     model = parallelize(module, sharding_plan(cfg.model), axes, cfg.parallel)
-    model.module.to_empty(device=device)
+    if cfg.parallel.zero_engine is ZeroEngine.torch:
+        model.module.to_empty(device=device)
     return model, rules
+
+
+def init_weights(updates: Updates, rules: Mapping[str, InitRule], seed: int) -> None:
+    """Draw the first weights, of which every rank keeps its part."""
+    init_parameters(viewed(updates, updates.local_weights()), rules, seed)
+    updates.weights_changed()
 
 
 def restore(run: TrainRun) -> None:

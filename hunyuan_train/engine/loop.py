@@ -30,8 +30,15 @@ FREE_TO_CHANGE = (
     "resilience.",
     "sample.",
     "certify.",
-)
-"""Fields a resumed run may change: they do not touch the numbers it computes."""
+    *(
+        f"parallel.{field}"
+        for field in (
+            "tp", "sp", "cp_ring", "cp_ulysses", "dp_replicate", "zero_stage", "zero_engine",
+            "tensor_engine", "offload_optimizer", "reduce_every", "timeout_s",
+        )
+    ),
+)  # fmt: skip
+"""Fields a resumed run may change: they do not touch the numbers it computes, save for rounding."""
 
 
 class Outcome(enum.Enum):

@@ -72,7 +72,7 @@ def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
         cfg.parallel,
         zero_engine=ZeroEngine.torch,
         offload_optimizer=Offload.none,
-        reduce_every=ReduceEvery.step,
+        reduce_every=ReduceEvery.auto,
         zero_stage=0,
         dp_replicate=1,
         compute_dtype="float32",
@@ -81,10 +81,10 @@ def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
     # Weights are loaded in float32 and narrowed on the way to the device.
     cpu = torch.device("cpu")
     model, rules = lay_out(replace(cfg, parallel=layout), axes, cpu)
+    weights = {n: model.view(n, p.detach()) for n, p in model.module.named_parameters()}
     if cfg.sample.weights is SampleWeights.initial:
-        init_parameters(model, rules, cfg.run.seed)
+        init_parameters(weights, rules, cfg.run.seed)
     else:
-        weights = {n: model.view(n, p.detach()) for n, p in model.module.named_parameters()}
         sections = {"model": cfg.sample.weights.value}
         restore_into(checkpoint, {"model": weights}, sections=sections)
     model.module.to(world.device, getattr(torch, cfg.parallel.compute_dtype)).eval()

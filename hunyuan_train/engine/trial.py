@@ -10,14 +10,13 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
-from hunyuan_train.engine.build import lay_out
+from hunyuan_train.engine.build import init_weights, lay_out
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.models.spec import InitKind, InitRule
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates
 from hunyuan_train.parallel.config import ParallelConfig
-from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.dist import World
 from hunyuan_train.runtime.seed import keyed_normal
@@ -85,8 +84,8 @@ def run_trial(
         steps: updates, each on new batches.
     """
     model, rules = lay_out(cfg, axes, world.device)
-    init_parameters(model, _nowhere_zero(rules), cfg.run.seed)
     updates = build_updates(model, cfg.parallel, cfg.optimizer)
+    init_weights(updates, _nowhere_zero(rules), cfg.run.seed)
     gradients: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
     updates.module.register_forward_hook(lambda *call: outputs.append(call[2].detach()))

@@ -150,13 +150,14 @@ class _RmsNormCpu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rstd = ctx.saved_tensors
+        weight_dtype = weight.dtype
         grad, weight = widened(grad), widened(weight)
         normed = widened(x) * rstd
         products = grad * normed
         mean = (products @ weight).div_(x.shape[-1])[..., None]
         d_x = (grad * weight).addcmul_(normed, mean, value=-1.0).mul_(rstd)
         d_weight = products.flatten(0, -2).sum(dim=0)
-        return d_x.to(x.dtype), d_weight.to(ctx.saved_tensors[1].dtype), None
+        return d_x.to(x.dtype), d_weight.to(weight_dtype), None
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,7 @@ from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.groups import build_optimizer, optimizer_tensors, step_if_finite
 from hunyuan_train.optim.schedule import set_learning_rate
 from hunyuan_train.parallel.apply import ParallelModel
-from hunyuan_train.parallel.config import ParallelConfig
+from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.gradients import finish_gradients
 from hunyuan_train.parallel.zero import is_sharded, set_micro_step
 
@@ -45,7 +45,7 @@ class Updates(Protocol):
         ...
 
     def local_weights(self) -> dict[str, Tensor]:
-        """Return this rank's live parts of the float32 weights; names without one may lack."""
+        """Return this rank's live parts of the float32 weights, maybe empty, by name."""
         ...
 
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
@@ -132,5 +132,22 @@ def viewed(updates: Updates, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def build_updates(
     model: ParallelModel, parallel: ParallelConfig, optimizer: OptimizerConfig
 ) -> Updates:
-    """Return the updates of the engine that ``parallel.zero_engine`` names."""
-    return TorchUpdates(model, parallel, optimizer)
+    """Return the updates of the engine that ``parallel.zero_engine`` names.
+
+    The weights may have no values yet: fill them afterwards.
+
+    Raises:
+        ValueError: the engine is not installed.
+    """
+    if parallel.zero_engine is ZeroEngine.torch:
+        return TorchUpdates(model, parallel, optimizer)
+    from hunyuan_train.parallel.engines.deepspeed_build import build_deepspeed
+
+    return build_deepspeed(
+        model.module,
+        lambda module: build_optimizer(module, optimizer),
+        parallel,
+        model.axes,
+        model.slices,
+        partial=model.partial,
+    )

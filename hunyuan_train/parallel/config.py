@@ -28,6 +28,7 @@ class Offload(StrEnum):
 class ReduceEvery(StrEnum):
     """How often gradients are reduced over ranks."""
 
+    auto = "auto"
     step = "step"
     micro_step = "micro_step"
 
@@ -65,9 +66,10 @@ class ParallelConfig:
     offload_optimizer: Offload = Offload.none
     """Keep optimizer state and update on the CPU; with zero_engine=deepspeed."""
 
-    reduce_every: ReduceEvery = ReduceEvery.step
+    reduce_every: ReduceEvery = ReduceEvery.auto
     """step adds whole gradients up on each rank and reduces once an update; micro_step (zero_stage
-    2 and 3) reduces after every backward, so that only gradient shards are kept in between."""
+    2 and 3) reduces after every backward, so that only gradient shards are kept in between. auto is
+    step, and with zero_engine=deepspeed what its stage does: step in 1, micro_step in 2 and 3."""
 
     compute_dtype: str = "float32"
     """Dtype of parameters and activations in forward and backward: float32, bfloat16, or float64
@@ -125,6 +127,18 @@ class ParallelConfig:
                 f"parallel.zero_stage={self.zero_stage} does not have; choose zero_stage 2 3"
             )
         if self.zero_engine is ZeroEngine.deepspeed:
+            if self.compute_dtype == "float64":
+                raise ValueError(
+                    "parallel.compute_dtype=float64 is not offered with "
+                    "parallel.zero_engine=deepspeed; choose float32 bfloat16"
+                )
+            fitting = ReduceEvery.micro_step if self.zero_stage > 1 else ReduceEvery.step
+            if self.reduce_every not in (ReduceEvery.auto, fitting):
+                raise ValueError(
+                    f"parallel.reduce_every={self.reduce_every.value} is not what "
+                    f"parallel.zero_engine=deepspeed does in parallel.zero_stage={self.zero_stage};"
+                    f" choose auto {fitting.value}"
+                )
             if self.zero_stage == 0:
                 raise ValueError(
                     "parallel.zero_engine=deepspeed shards at least the optimizer; choose "

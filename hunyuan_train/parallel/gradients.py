@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from hunyuan_train.parallel.apply import ParallelModel
-from hunyuan_train.parallel.init import local_part
 from hunyuan_train.parallel.zero import is_sharded
 
 
@@ -20,7 +20,9 @@ def finish_gradients(model: ParallelModel) -> None:
     """
     axes = model.axes
     grads = {
-        n: local_part(p.grad) for n, p in model.module.named_parameters() if p.grad is not None
+        name: p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.module.named_parameters()
+        if p.grad is not None
     }
     if axes.size("grads") > 1 and not is_sharded(model.module):
         sum_in_place(list(grads.values()), axes.group("grads"))

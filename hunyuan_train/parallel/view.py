@@ -95,6 +95,11 @@ class WholeView(Tensor):
             f"{func} on a WholeView, which has no values of its own; use the tensor it was made of"
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether this rank stores nothing of the tensor."""
+        return not self._boxes
+
     def beside(self, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each live box with the region of ``whole`` (a plain tensor) that it stands for."""
         for offset, box in self._boxes.items():

@@ -30,3 +30,8 @@ def read_launch_env() -> LaunchEnv:
 def child_environment(**changes: str) -> dict[str, str]:
     """Return this process's environment with ``changes``, for a child process."""
     return {**os.environ, **changes}
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable that a library reads, unless it is set already."""
+    os.environ.setdefault(name, value)

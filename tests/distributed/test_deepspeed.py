@@ -19,7 +19,8 @@ from torch.distributed import checkpoint
 from torch.optim import AdamW
 
 from hunyuan_train.parallel.config import Offload, ParallelConfig, ZeroEngine
-from hunyuan_train.parallel.engines.deepspeed import DeepSpeedUpdates, build_deepspeed
+from hunyuan_train.parallel.engines.deepspeed import DeepSpeedUpdates
+from hunyuan_train.parallel.engines.deepspeed_build import build_deepspeed
 from hunyuan_train.parallel.layout import Slices, fused_slices
 from hunyuan_train.parallel.mesh import build_axes
 from hunyuan_train.parallel.tensor import ColumnLinear, RowLinear

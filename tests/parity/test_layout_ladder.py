@@ -29,6 +29,21 @@ FOUR = {
     "ring2 x dp_shard2": "cp_ring=2 reduce_every=micro_step",
     "tp2+sp, zero0": "tp=2 sp=true zero_stage=0",
 }
+ENGINES = {
+    "deepspeed1": "zero_engine=deepspeed zero_stage=1",
+    "deepspeed2": "zero_engine=deepspeed zero_stage=2",
+    "deepspeed3": "zero_engine=deepspeed zero_stage=3",
+    "deepspeed2, offloaded": "zero_engine=deepspeed zero_stage=2 offload_optimizer=cpu",
+    "megatron tp2": "tensor_engine=megatron tp=2",
+    "megatron tp2+sp": "tensor_engine=megatron tp=2 sp=true",
+}
+"""On two ranks and in float32: DeepSpeed takes no float64."""
+BOTH_ENGINES = {
+    "deepspeed2 x ring2": "zero_engine=deepspeed zero_stage=2 cp_ring=2",
+    "deepspeed3 x megatron tp2+sp": (
+        "zero_engine=deepspeed zero_stage=3 tensor_engine=megatron tp=2 sp=true"
+    ),
+}
 EIGHT = {"tp2+sp x ring2 x dp_shard2": "tp=2 sp=true cp_ring=2"}
 LAYOUTS = {2: TWO, 4: FOUR, 8: EIGHT}
 
@@ -75,6 +90,7 @@ def climb(
             *(DIVIDES if divides else UNEVEN),
             "optimizer.warmup_steps=0",
             "certify.steps=3",
+            "objective.text_drop=0.3",
             "run.device=cpu",
             "parallel.zero_stage=0",
             f"parallel.compute_dtype={dtype}",
@@ -82,6 +98,10 @@ def climb(
     )
     here = World(rank=rank, local_rank=rank, size=world, device=torch.device("cpu"))
     alone = train_alone(base, here, shapes)
+    if any("megatron" in fields for fields in layouts.values()):
+        from megatron_shim import run_megatron_on_cpu
+
+        run_megatron_on_cpu()
     results: dict[str, dict[str, float] | str] = {}
     for name, fields in layouts.items():
         overrides = [f"parallel.{field}" for field in fields.split()]
@@ -105,3 +125,13 @@ def test_every_layout_trains_what_one_process_trains(world: int, kind: str, dtyp
         over = {name: error for name, error in errors.items() if not error <= tolerance}
         assert not over, f"{layout}: {over}"
         assert len(errors) > 70
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_other_engines_train_what_one_process_trains(world: int):
+    layouts = ENGINES if world == 2 else BOTH_ENGINES
+    results = run_distributed(climb, world, layouts, "uneven", "float32", timeout_s=240)[0]
+    for layout, errors in results.items():
+        assert isinstance(errors, dict), f"{layout}: {errors}"
+        over = {name: error for name, error in errors.items() if not error <= 1e-5}
+        assert not over, f"{layout}: {over}"
