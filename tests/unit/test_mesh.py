@@ -22,7 +22,17 @@ from hunyuan_train.parallel.apply import check_divisors
 from hunyuan_train.parallel.config import Offload, ParallelConfig, ReduceEvery, ZeroEngine
 from hunyuan_train.parallel.mesh import DIMS, JOINED, Axes, build_axes, mesh_shape
 
-AXES = (*DIMS, *JOINED)
+# Written out again: neither the order of the dims nor what acts as one may change unnoticed.
+ORDER = ("dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
+SPANS = {
+    **{name: (name, name) for name in ORDER},
+    "dp": ("dp_replicate", "dp_shard"),
+    "cp": ("cp_ring", "cp_ulysses"),
+    "zero": ("dp_shard", "cp_ulysses"),
+    "grads": ("dp_replicate", "cp_ulysses"),
+    "model": ("cp_ring", "tp"),
+}
+AXES = tuple(SPANS)
 WORLDS = [
     (512, {"tp": 8, "sp": True, "cp_ring": 2, "cp_ulysses": 2, "dp_replicate": 2}),
     (512, {"cp_ring": 8}),
@@ -34,9 +44,8 @@ WORLDS = [
 
 def stride_and_size(axis: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return how far apart neighbours on an axis are, and how many ranks it has."""
-    dims = [DIMS.index(name) for name in JOINED.get(axis, (axis,))]
-    assert dims == list(range(dims[0], dims[-1] + 1)), "only neighbouring dims have one stride"
-    return math.prod(shape[dims[-1] + 1 :]), math.prod(shape[dims[0] : dims[-1] + 1])
+    first, last = (ORDER.index(name) for name in SPANS[axis])
+    return math.prod(shape[last + 1 :]), math.prod(shape[first : last + 1])
 
 
 def expected_group(axis: str, shape: tuple[int, ...], rank: int) -> tuple[int, list[int]]:
@@ -89,6 +98,8 @@ def test_ranks_of_a_big_world_find_their_groups(world: int, fields: dict[str, An
     sample = [0, 37, world // 2, world - 1]
     shape = mesh_shape(ParallelConfig(**fields), world)
     seen = seen_by(world, fields, sample)
+    assert DIMS == ORDER
+    assert set(AXES) == {*DIMS, *JOINED}
     assert seen[0]["all_ranks"] == list(range(world))  # in order: the last axis is innermost
     for rank, found in zip(sample, seen, strict=True):
         assert found["shape"] == shape
@@ -109,17 +120,17 @@ def test_ranks_of_a_big_world_find_their_groups(world: int, fields: dict[str, An
 def test_groups_of_an_axis_partition_the_world(
     world: int, fields: dict[str, Any], axis: str
 ) -> None:
-    """Every rank is in one group: the groups that single ranks expect are those of the mesh."""
+    """The groups that the ranks above find are the rows of one regrouping of all ranks."""
     shape = mesh_shape(ParallelConfig(**fields), world)
-    ranks = torch.arange(world)
+    first, last = (ORDER.index(name) for name in SPANS[axis])
+    inside = list(range(first, last + 1))
+    rest = [dim for dim in range(len(ORDER)) if dim not in inside]
     stride, size = stride_and_size(axis, shape)
-    first = ranks - ranks // stride % size * stride
-    assert torch.equal(first.unique(), first[ranks == first])  # a first rank is its own first
-    assert bool((torch.bincount(first, minlength=world)[first] == size).all())
-    dims = [DIMS.index(name) for name in JOINED.get(axis, (axis,))]
-    rest = [d for d in range(len(DIMS)) if d not in dims]
-    groups = ranks.view(shape).permute(*rest, *dims).reshape(-1, size)
+    groups = torch.arange(world).view(shape).permute(*rest, *inside).reshape(-1, size)
     assert torch.equal(groups, groups[:, :1] + stride * torch.arange(size))
+    assert torch.equal(groups.flatten().sort().values, torch.arange(world))
+    for row in groups[:: max(1, len(groups) // 8)].tolist():
+        assert all(expected_group(axis, shape, rank)[1] == row for rank in row[:3])
 
 
 @pytest.mark.dist
