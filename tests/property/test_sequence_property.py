@@ -44,7 +44,7 @@ class Problem:
     tp: int
     sp: bool
     lengths: tuple[int, ...] | None
-    """Valid text tokens of each sample; None for no mask."""
+    """Valid text tokens of each sample, 0 included; None for no mask."""
 
     @property
     def cp(self) -> int:
@@ -75,7 +75,7 @@ class Problem:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     txt, tp = draw(st.integers(1, 13)), draw(st.integers(1, 4))
-    lengths = st.lists(st.integers(1, txt), min_size=1, max_size=3).map(tuple)
+    lengths = st.lists(st.integers(0, txt), min_size=1, max_size=3).map(tuple)
     return Problem(
         img=draw(st.integers(1, 40)),
         txt=txt,
@@ -87,7 +87,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-FEW_TOKENS = Problem(1, 2, ring=2, ulysses=2, tp=2, sp=True, lengths=(1, 2))
+FEW_TOKENS = Problem(1, 2, ring=2, ulysses=2, tp=2, sp=True, lengths=(0, 2))
 FEW_WITHOUT_SP = Problem(3, 1, ring=4, ulysses=1, tp=2, sp=False, lengths=None)
 EVEN = Problem(32, 8, ring=2, ulysses=2, tp=2, sp=True, lengths=None)
 
