@@ -323,6 +323,16 @@ def test_what_divides_is_accepted(fields: dict[str, Any]) -> None:
             "choose dp_replicate=1 or zero_engine=torch",
         ),
         (
+            {"compute_dtype": "float64", "zero_engine": ZeroEngine.deepspeed},
+            "parallel.compute_dtype=float64 is not offered with parallel.zero_engine=deepspeed; "
+            "choose float32 bfloat16",
+        ),
+        (
+            {"reduce_every": ReduceEvery.step, "zero_engine": ZeroEngine.deepspeed},
+            "parallel.reduce_every=step is not what parallel.zero_engine=deepspeed does in "
+            "parallel.zero_stage=3; choose auto micro_step",
+        ),
+        (
             {"offload_optimizer": Offload.cpu},
             "parallel.offload_optimizer=cpu needs parallel.zero_engine=deepspeed; set it, or "
             "offload_optimizer=none",
