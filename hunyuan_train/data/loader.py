@@ -5,6 +5,7 @@ import threading
 import weakref
 from typing import Any
 
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch, collate
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import LatentStore, SampleRow
@@ -97,6 +98,11 @@ class BucketLoader:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The buckets of the selected samples."""
+        return list(self._stream.members)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -18,7 +18,7 @@ from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates, viewed
-from hunyuan_train.parallel.apply import ParallelModel, parallelize
+from hunyuan_train.parallel.apply import ParallelModel, check_sequence, parallelize
 from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes, build_axes
@@ -51,6 +51,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     model, rules = lay_out(cfg, axes, world.device)
     place = model.axes.rank("dp"), model.axes.size("dp")
     loader = BucketLoader(store, cfg.data, cfg.run.seed, *place)
+    check_sequence({str(bucket): bucket.tokens for bucket in loader.buckets}, cfg.parallel)
     updates = build_updates(model, cfg.parallel, cfg.optimizer)
     init_weights(updates, rules, cfg.run.seed)
     state = TrainState(

@@ -23,7 +23,7 @@ from hunyuan_train.evaluation.video import (
     write_sample,
 )
 from hunyuan_train.models.vae.state_dict import load_vae
-from hunyuan_train.parallel.apply import ParallelModel
+from hunyuan_train.parallel.apply import ParallelModel, check_sequence
 from hunyuan_train.parallel.config import Offload, ReduceEvery, ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import build_axes
@@ -78,6 +78,7 @@ def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
         compute_dtype="float32",
     )
     axes = build_axes(layout, world.device.type, world.size)
+    check_sequence({str(cfg.sample.bucket): cfg.sample.bucket.tokens}, layout)
     # Weights are loaded in float32 and narrowed on the way to the device.
     cpu = torch.device("cpu")
     model, rules = lay_out(replace(cfg, parallel=layout), axes, cpu)

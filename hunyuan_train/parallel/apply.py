@@ -1,5 +1,6 @@
 """The order in which a single-device model becomes a distributed one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -66,6 +67,26 @@ def apply_context(model: nn.Module, plan: ShardingPlan, axes: Axes) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "core") and any(fnmatchcase(name, p) for p in plan.core_modules):
             module.core = core
+
+
+def check_sequence(tokens: Mapping[str, int], cfg: ParallelConfig) -> None:
+    """Check that no sequence has fewer image tokens than it has shards.
+
+    Args:
+        tokens: image tokens of one sample, by the name of its bucket.
+        cfg: the layout.
+
+    Raises:
+        ValueError: naming the bucket, its tokens and the numbers of shards that work.
+    """
+    bucket, fewest = min(tokens.items(), key=lambda item: item[1])
+    if fewest < cfg.sequence_shards:
+        tp = f" * parallel.tp={cfg.tp}" if cfg.sp else ""
+        raise ValueError(
+            f"parallel.cp_ring={cfg.cp_ring} * parallel.cp_ulysses={cfg.cp_ulysses}{tp} cuts a "
+            f"sequence into {cfg.sequence_shards}, but bucket {bucket} has {fewest} image tokens; "
+            f"choose a product up to {fewest}, or leave such small buckets out"
+        )
 
 
 def check_divisors(plan: ShardingPlan, cfg: ParallelConfig) -> None:

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# pyright: ignore[reportIncompatibleMethodOverride]
 from hunyuan_train.models.shapes import Heads
 from hunyuan_train.parallel.local_attention import attend, attend_backward
 

@@ -152,7 +152,8 @@ def build(case: Case, world: int, partial: tuple[str, ...] = ()):
 
 
 def fragments(updates: DeepSpeedUpdates, tensors: dict[str, Tensor]) -> dict:
-    return {n: (updates.fragments[n].start, t.clone()) for n, t in tensors.items()}
+    starts = {n: fragment.start for n, fragment in updates.fragments.items()}
+    return {n: (starts.get(n, 0), t.clone()) for n, t in tensors.items()}
 
 
 def accumulate(updates: DeepSpeedUpdates, case: Case, axes, update: int, spoil: float = 0.0):
@@ -283,9 +284,11 @@ def skip_and_overwrite(case: Case, world: int) -> dict:
     weights = fragments(updates, updates.local_weights())
     wanted = reference()[1]["weights"]
     for name, weight in updates.local_weights().items():
-        start = updates.fragments[name].start
-        flat = taken(slices, name, wanted[name]).flatten()
-        weight.copy_(flat[start : start + weight.numel()])
+        if fragment := updates.fragments.get(name):
+            flat = taken(slices, name, wanted[name]).flatten()
+            weight.copy_(flat[fragment.start : fragment.start + weight.numel()])
+        else:
+            assert weight.numel() == 0
     updates.weights_changed()
     with torch.no_grad():
         predicted = updates.module(batch(2)[0].to(getattr(torch, case.dtype)))

@@ -63,7 +63,7 @@ CASES = [
 
 
 def climb(
-    rank: int, world: int, layouts: dict[str, str], kind: str, dtype: str
+    rank: int, world: int, layouts: dict[str, str], kind: str, dtype: str, device: str = "cpu"
 ) -> dict[str, dict[str, float] | str]:
     """Return the errors of each layout against one process, or what it says when impossible."""
     import torch
@@ -91,14 +91,15 @@ def climb(
             "optimizer.warmup_steps=0",
             "certify.steps=3",
             "objective.text_drop=0.3",
-            "run.device=cpu",
+            f"run.device={device}",
             "parallel.zero_stage=0",
             f"parallel.compute_dtype={dtype}",
         ]
     )
-    here = World(rank=rank, local_rank=rank, size=world, device=torch.device("cpu"))
+    place = torch.device("cpu") if device == "cpu" else torch.device(device, rank)
+    here = World(rank=rank, local_rank=rank, size=world, device=place)
     alone = train_alone(base, here, shapes)
-    if any("megatron" in fields for fields in layouts.values()):
+    if device == "cpu" and any("megatron" in fields for fields in layouts.values()):
         from megatron_shim import run_megatron_on_cpu
 
         run_megatron_on_cpu()
@@ -132,6 +133,26 @@ def test_other_engines_train_what_one_process_trains(world: int):
     layouts = ENGINES if world == 2 else BOTH_ENGINES
     results = run_distributed(climb, world, layouts, "uneven", "float32", timeout_s=240)[0]
     for layout, errors in results.items():
+        assert isinstance(errors, dict), f"{layout}: {errors}"
+        over = {name: error for name, error in errors.items() if not error <= 1e-5}
+        assert not over, f"{layout}: {over}"
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["divides", "uneven"])
+def test_every_layout_does_so_over_nccl(world: int, kind: str):
+    import torch
+
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} here")
+    layouts = LAYOUTS[world] | {2: ENGINES, 4: BOTH_ENGINES, 8: {}}[world]
+    backend = "cpu:gloo,cuda:nccl"
+    arguments = (layouts, kind, "float32", "cuda")
+    results = run_distributed(climb, world, *arguments, timeout_s=280, backend=backend)[0]
+    for layout, errors in results.items():
+        if kind == "uneven" and layout in NOT_SIX:
+            continue
         assert isinstance(errors, dict), f"{layout}: {errors}"
         over = {name: error for name, error in errors.items() if not error <= 1e-5}
         assert not over, f"{layout}: {over}"

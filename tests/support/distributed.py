@@ -36,6 +36,7 @@ def _rank_main(
     store_file: str,
     args: tuple[Any, ...],
     pipe: Connection,
+    backend: str,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -43,8 +44,10 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(store_file, world)
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         result = fn(rank, world, *args)
         dist.barrier()
@@ -55,7 +58,11 @@ def _rank_main(
 
 
 def run_distributed(
-    fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0
+    fn: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call ``fn(rank, world, *args)`` in ``world`` processes and return the results in rank order.
 
@@ -72,7 +79,9 @@ def run_distributed(
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(fn, rank, world, store_file, args, theirs), daemon=True
+                target=_rank_main,
+                args=(fn, rank, world, store_file, args, theirs, backend),
+                daemon=True,
             )
             process.start()
             theirs.close()
