@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hunyuan_train.data.buckets import Assign, BucketTable, check_frames
+from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, check_frames
 
 
 class ClipStart(StrEnum):
@@ -18,6 +18,37 @@ class Integrity(StrEnum):
 
     full = "full"
     used = "used"
+
+
+class Encode(StrEnum):
+    """When clips become latents and captions become text features."""
+
+    ahead = "ahead"
+    online = "online"
+
+
+class Policy(StrEnum):
+    """How the work of an update is drawn and shared out."""
+
+    balanced = "balanced"
+    random = "random"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One of several latent stores that a run mixes."""
+
+    latents: str = ""
+    """Folder or URL of the latent store."""
+    weight: float = 0.0
+    """Share of the samples drawn, over the sum of all weights; 0 everywhere: by sample counts."""
+    epochs: int = 0
+    """Passes over this source until it leaves the mixture; 0 has no end."""
+
+    def __post_init__(self) -> None:
+        """Reject values that cannot work, naming the field and the fix."""
+        _at_least("sources entry weight", self.weight, 0)
+        _at_least("sources entry epochs", self.epochs, 0)
 
 
 class StorageDtype(StrEnum):
@@ -71,16 +102,53 @@ class DataConfig:
     """Anchors to train on; empty means all in the store."""
     train_durations: list[int] = field(default_factory=list)
     """Durations in frames to train on; empty means all in the store."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Stores to mix, by name, instead of the one in ``latents``."""
+    encode: Encode = Encode.ahead
+    """``ahead``: training reads what precompute stored; ``online``: training decodes and encodes
+    the clips of ``source``, and keeps only an index in ``latents``."""
+    media_shares: dict[str, float] = field(default_factory=dict)
+    """Shares of ``image`` and ``video`` in the samples drawn; empty: by sample counts."""
+    anchor_shares: dict[str, float] = field(default_factory=dict)
+    """Shares of the anchors in the samples drawn, like ``{"256": 0.5, "512": 0.5}``."""
+    concept_shares: dict[str, float] = field(default_factory=dict)
+    """Shares of the concepts that the manifest names, in the samples drawn."""
+    policy: Policy = Policy.balanced
+    """``balanced``: all ranks get work of equal predicted cost, round by round; ``random``: every
+    rank draws from a random bucket."""
+    global_samples: int = 0
+    """Samples of one update over all ranks; 0 leaves it to global_tokens or stage.micro_steps."""
+    global_tokens: int = 0
+    """Image tokens of one update over all ranks, on average; 0 leaves it to stage.micro_steps."""
     max_tokens: int = 8192
-    """Image tokens of one micro-batch; a bucket's batch is this over its tokens, at least 1."""
+    """Image tokens that fit into one micro-batch; 0 estimates them from the device's memory."""
     max_batch: int = 16
     """Largest micro-batch size of any bucket."""
+    batches: dict[str, int] = field(default_factory=dict)
+    """Largest micro-batch size of single buckets, like ``{"129x720x1280": 1}``."""
     shuffle: bool = True
     """Draw samples and buckets in a new keyed order every epoch; off keeps the store's order."""
-    prefetch_batches: int = 4
-    """Micro-batches read ahead in the background."""
-    cache_gib: float = 1.0
-    """A store of at most this size is kept in memory after the first read."""
+    verify: bool = True
+    """Compare what is read with the digests of the index."""
+    workers: int = 2
+    """Threads that read, or processes that decode, ahead of training."""
+    worker_timeout_s: float = 120.0
+    """Seconds a worker may take for one sample before it is replaced."""
+    prefetch_gib: float = 0.5
+    """Memory for samples read ahead, per rank."""
+    retries: int = 5
+    """Further attempts to read from an object store, each after twice the last wait."""
+    local_cache: str = ""
+    """Folder for copies of remote indexes; empty uses the system's temporary folder."""
+    max_bad_share: float = 0.01
+    """Share of unusable samples met in training above which the run stops."""
+
+    caption_variants: int = 1
+    """Renderings of a structured caption that precompute stores; training draws one per epoch."""
+    field_drop: float = 0.1
+    """Probability with which a structured caption's rendering leaves out a field."""
+    max_crop_loss: float = 0.5
+    """Largest share of the resized picture that a crop may remove; what loses more is listed."""
 
     def __post_init__(self) -> None:
         """Reject values that cannot work, naming the field and the fix."""
@@ -88,12 +156,31 @@ class DataConfig:
         self.anchors, self.durations = list(table.anchors), list(table.durations)
         for frames in self.train_durations:
             check_frames(frames, "data.train_durations entry")
-        for name in ("shard_sources", "encode_pixels", "decode_workers", "max_tokens", "max_batch"):
+        for name in ("shard_sources", "encode_pixels", "decode_workers", "max_batch", "workers"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("prefetch_batches", self.prefetch_batches, 1)
-        _at_least("cache_gib", self.cache_gib, 0)
+        for name in ("max_tokens", "global_samples", "global_tokens", "retries", "prefetch_gib"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("caption_variants", "worker_timeout_s"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_bad_share", "field_drop", "max_crop_loss"):
+            _between(name, getattr(self, name))
+        if self.global_samples and self.global_tokens:
+            raise ValueError(
+                f"data.global_samples={self.global_samples} and data.global_tokens="
+                f"{self.global_tokens} both size an update; set one of them to 0"
+            )
+        self._check_shares()
         _at_least("max_upscale", self.max_upscale, 1)
         _at_least("max_fps", self.max_fps, 1)
+
+    def _check_shares(self) -> None:
+        for name in ("media_shares", "anchor_shares", "concept_shares"):
+            shares = getattr(self, name)
+            if any(share < 0 for share in shares.values()) or (shares and not sum(shares.values())):
+                raise ValueError(f"data.{name}={shares} has a negative share or only zeros")
+        for bucket, batch in self.batches.items():
+            Bucket.parse(bucket)
+            _at_least(f"batches[{bucket}]", batch, 1)
 
     def bucket_table(self) -> BucketTable:
         """Return the buckets that precompute assigns sources to."""
@@ -103,3 +190,8 @@ class DataConfig:
 def _at_least(name: str, value: float, minimum: float) -> None:
     if value < minimum:
         raise ValueError(f"data.{name}={value} is below {minimum}; set it to {minimum} or more")
+
+
+def _between(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"data.{name}={value} is a share; set it between 0 and 1")
