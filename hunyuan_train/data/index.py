@@ -1,23 +1,55 @@
-"""The latent store as training reads it: an index of samples over memory-mapped tensor files."""
+"""The index of a store: which samples there are, in groups, and where their bytes lie.
 
+An index is a folder ``index-<digest>`` of a few files::
+
+    header.json   format, counts, the groups, and size and digest of the other files
+    rows.bin      one record per sample, sorted by group, then by sample id
+    texts.bin     one record per caption of a sample
+    shards.bin    one record per tensor file
+    strings.bin   UTF-8 of sample ids, captions and shard names
+
+Opening reads the header alone. A row is read in place when it is asked for, with positioned reads
+of the few records it needs: memory does not grow with the number of rows, and a file that shrinks
+or vanishes under a running job is an error, where a memory map would end the process.
+"""
+
+import bisect
+import hashlib
 import json
-import threading
-from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
 
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.parts import PARTS
 
-META = "meta.json"
-FORMAT = 1
-_OPEN_SHARDS = 64
-_FIX = "run `hunyuan-train precompute` again"
+FORMAT = 2
+FIX = "run `hunyuan-train precompute` again"
+HEADER = "header.json"
+FILES = ("rows.bin", "texts.bin", "shards.bin", "strings.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A range of bytes in a shard."""
+
+    shard: str
+    """File name without folder and suffix."""
+    offset: int
+    nbytes: int
+    digest: int
+    """xxh3_64 of the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRef:
+    """One caption of a sample and where its features are: pooled [P], then states [tokens, D]."""
+
+    caption: str
+    blob: Blob
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,182 +62,205 @@ class SampleRow:
     """File relative to the source folder."""
     bucket: Bucket
     anchor: int
-    caption: str
-    media: str
-    """``image`` for one frame, else ``video``."""
-    shard: str
-    latent_key: str
-    text_shard: str
-    text_key: str
-    text_tokens: int
+    concept: str
+    """What the manifest calls its concept; empty without one."""
+    repeat: int
+    """How often an epoch has the sample."""
     fps: float
     """Frames per second of the sample; 0 for images."""
     scale: float
     """Resize factor per side; above 1 the source was enlarged."""
     crop_loss: float
     """Share of the resized picture that the centre crop removed."""
+    latents: Blob
+    """Mean, then std, each [C, T, h, w]."""
+    texts: tuple[TextRef, ...]
+    """Its captions, the plain one first."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as one index line."""
-        return {**asdict(self), "bucket": str(self.bucket)}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Read one index line."""
-        return cls(**{**row, "bucket": Bucket.parse(row["bucket"])})
+    @property
+    def media(self) -> str:
+        """``image`` for one frame, else ``video``."""
+        return self.bucket.media
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreMeta:
-    """What a store was made with."""
+class Group:
+    """Rows ``first`` to ``first + count``, which share concept, bucket, anchor and repeat."""
 
-    format: int
-    index: str
-    """File name of the index."""
-    latent_channels: int
-    text_length: int
-    text_dim: int
-    pooled_dim: int
-    vae_fingerprint: str
-    scaling_factor: float
-    """What the unscaled latents are multiplied with before the diffusion model sees them."""
-    text_fingerprint: str
-    config_hash: str
-    """Hash of every setting that changes the stored numbers."""
-    empty_texts: dict[str, dict[str, Any]]
-    """Features of the empty caption, by media: ``{"shard", "key", "tokens"}``."""
+    concept: str
+    bucket: Bucket
+    anchor: int
+    repeat: int
+    first: int
+    count: int
+    crop_loss: float
+    """Mean over its rows."""
+    tokens_of_text: float
+    """Mean over its rows of the tokens of the first caption."""
 
 
-class LatentStore:
-    """Rows and tensors of a precomputed data set; safe to use from several threads.
+ROW = np.dtype(
+    [
+        ("latents_offset", "<u8"),
+        ("latents_nbytes", "<u8"),
+        ("latents_digest", "<u8"),
+        ("id_offset", "<u8"),  # into strings.bin; the sample id begins with the source
+        ("first_text", "<u8"),
+        ("fps", "<f8"),
+        ("scale", "<f8"),
+        ("crop_loss", "<f8"),
+        ("shard", "<u4"),
+        ("id_nbytes", "<u4"),
+        ("source_nbytes", "<u4"),
+        ("texts", "<u4"),
+    ]
+)
+TEXT = np.dtype(
+    [
+        ("caption_offset", "<u8"),
+        ("offset", "<u8"),
+        ("nbytes", "<u8"),
+        ("digest", "<u8"),
+        ("caption_nbytes", "<u4"),
+        ("tokens", "<u4"),
+        ("shard", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
+SHARD = np.dtype(
+    [("name_offset", "<u8"), ("nbytes", "<u8"), ("name_nbytes", "<u4"), ("unused", "<u4")]
+)
+
+
+class Index:
+    """An open index; safe to use from several threads.
 
     Args:
-        folder: The store.
-        meta: Its ``meta.json``.
-        rows: Its index.
+        folder: Its local folder.
+        header: Its ``header.json``.
     """
 
-    def __init__(self, folder: Path, meta: StoreMeta, rows: list[SampleRow]) -> None:
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder
-        self.meta = meta
-        self.rows = rows
-        self._lock = threading.Lock()
-        self._shards: OrderedDict[str, Any] = OrderedDict()
-        used = {row.shard for row in rows} | {row.text_shard for row in rows}
-        self.num_bytes = sum(self._shard_path(name).stat().st_size for name in used)
-        self._cache: dict[str, Tensor] | None = None
-        self._empty: dict[str, dict[str, Tensor]] = {}
+        self.groups: list[Group] = [
+            Group(**{**group, "bucket": Bucket.parse(group["bucket"])})
+            for group in header["groups"]
+        ]
+        self.num_shards: int = header["shards"]
+        self._firsts = [group.first for group in self.groups]
+        self._rows: int = header["rows"]
+        self._files = {name: _File(folder / name) for name in FILES}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Open the store in ``folder``.
+    def open(cls, folder: Path) -> Self:
+        """Open the index in a local folder, reading only its header.
 
         Raises:
-            ValueError: There is no store, or it is incomplete or of another format; the message
-                names the file and the fix.
+            ValueError: It is missing, incomplete or of another format; says which file.
         """
-        path = Path(folder)
-        if not str(folder):
-            raise ValueError("data.latents is empty; set it to the folder that precompute wrote")
+        path = folder / HEADER
         try:
-            raw = json.loads((path / META).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{path / META} does not exist: no latent store there; {_FIX}"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / META} is not JSON ({error}); {_FIX}") from error
-        found = raw.get("format") if isinstance(raw, dict) else None
-        if found != FORMAT:
-            raise ValueError(f"{path / META} has store format {found}, this is {FORMAT}; {_FIX}")
-        differing = {field.name for field in fields(StoreMeta)} ^ set(raw)
-        if differing:
-            raise ValueError(
-                f"{path / META} comes from another version (field {min(differing)}); {_FIX}"
-            )
-        meta = StoreMeta(**raw)
-        try:
-            lines = (path / meta.index).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError as error:
-            raise ValueError(f"{path / meta.index} is missing from the store; {_FIX}") from error
-        rows = [SampleRow.from_json(json.loads(line)) for line in lines]
-        try:
-            return cls(path, meta, rows)
-        except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing from the store; {_FIX}") from error
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); {FIX}") from error
+        digest = digest_of_header(text)
+        if folder.name != digest:
+            raise ValueError(f"{path} is damaged: it belongs to {digest}; {FIX}")
+        header = json.loads(text)
+        for name in FILES:
+            expected = header["files"][name]["nbytes"]
+            try:
+                found = (folder / name).stat().st_size
+            except OSError as error:
+                raise ValueError(f"{folder / name} is missing from the index; {FIX}") from error
+            if found != expected:
+                raise ValueError(
+                    f"{folder / name} has {found} bytes where its header says {expected}; {FIX}"
+                )
+        return cls(folder, header)
 
-    def enable_cache(self, max_gib: float) -> None:
-        """Keep tensors in memory after the first read if all shards fit in ``max_gib``."""
-        with self._lock:
-            self._cache = {} if self.num_bytes <= max_gib * 2**30 else None
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._rows
 
-    def load(self, row: SampleRow) -> dict[str, Tensor]:
-        """Read one sample.
+    def group_of(self, number: int) -> Group:
+        """Return the group that row ``number`` is in."""
+        return self.groups[bisect.bisect_right(self._firsts, number) - 1]
 
-        Returns:
-            ``mean`` and ``std`` float32 [C, T, h, w] (unscaled latents), ``states`` float32 [L, D]
-            (rows beyond the caption are zero), ``mask`` bool [L], ``pooled`` float32 [P].
+    def row(self, number: int) -> SampleRow:
+        """Read one row.
 
         Raises:
-            ValueError: A shard is missing or damaged.
+            IndexError: There is no such row.
+            OSError: The index cannot be read any more.
         """
-        mean, std = self.latents(row)
-        states, pooled = self.text(row)
-        return {"mean": mean, "std": std, **self._padded(states, pooled)}
-
-    def empty(self, media: str) -> dict[str, Tensor]:
-        """Read the features of the empty caption: ``states``, ``mask``, ``pooled`` as in load.
-
-        Every call returns the same tensors; they are not to be changed in place.
-        """
-        if media not in self._empty:
-            entry = self.meta.empty_texts[media]
-            self._empty[media] = self._padded(*self._text(entry["shard"], entry["key"]))
-        return self._empty[media]
-
-    def latents(self, row: SampleRow) -> tuple[Tensor, Tensor]:
-        """Read posterior mean and std, float32 [C, T, h, w]; not to be changed in place."""
-        return (
-            self._tensor(row.shard, f"{row.latent_key}/mean"),
-            self._tensor(row.shard, f"{row.latent_key}/std"),
+        if not 0 <= number < self._rows:
+            raise IndexError(f"row {number} of an index of {self._rows}")
+        row = self._records("rows.bin", ROW, number, 1)[0]
+        texts = self._records("texts.bin", TEXT, int(row["first_text"]), int(row["texts"]))
+        name = self._files["strings.bin"].read(int(row["id_offset"]), int(row["id_nbytes"]))
+        group = self.group_of(number)
+        return SampleRow(
+            sample_id=name.decode(),
+            source=name[: int(row["source_nbytes"])].decode(),
+            bucket=group.bucket,
+            anchor=group.anchor,
+            concept=group.concept,
+            repeat=group.repeat,
+            fps=float(row["fps"]),
+            scale=float(row["scale"]),
+            crop_loss=float(row["crop_loss"]),
+            latents=Blob(
+                self.shard(int(row["shard"]))[0],
+                int(row["latents_offset"]),
+                int(row["latents_nbytes"]),
+                int(row["latents_digest"]),
+            ),
+            texts=tuple(self._text(text) for text in texts),
         )
 
-    def text(self, row: SampleRow) -> tuple[Tensor, Tensor]:
-        """Read the unpadded states, float32 [tokens, D], and pooled [P]; not to be changed."""
-        return self._text(row.text_shard, row.text_key)
+    def shard(self, number: int) -> tuple[str, int]:
+        """Return the name of a shard, and the bytes that it must have at least."""
+        shard = self._records("shards.bin", SHARD, number, 1)[0]
+        return self._string(shard["name_offset"], shard["name_nbytes"]), int(shard["nbytes"])
 
-    def _text(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
-        return self._tensor(shard, f"{key}/states"), self._tensor(shard, f"{key}/pooled")
+    def _text(self, text: np.void) -> TextRef:
+        return TextRef(
+            caption=self._string(text["caption_offset"], text["caption_nbytes"]),
+            blob=Blob(
+                self.shard(int(text["shard"]))[0],
+                int(text["offset"]),
+                int(text["nbytes"]),
+                int(text["digest"]),
+            ),
+            tokens=int(text["tokens"]),
+        )
 
-    def _padded(self, states: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-        padded = torch.zeros(self.meta.text_length, self.meta.text_dim)
-        padded[: len(states)] = states
-        mask = torch.arange(self.meta.text_length) < len(states)
-        return {"states": padded, "mask": mask, "pooled": pooled.clone()}
+    def _records(self, name: str, dtype: np.dtype, first: int, count: int) -> np.ndarray:
+        size = dtype.itemsize
+        return np.frombuffer(self._files[name].read(first * size, count * size), dtype)
 
-    def _tensor(self, shard: str, name: str) -> Tensor:
-        """Return one tensor as float32."""
-        with self._lock:
-            if self._cache is not None and name in self._cache:
-                return self._cache[name].float()
-            try:
-                stored = self._open_shard(shard).get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{self._shard_path(shard)} is missing or damaged ({error}); "
-                    f"delete parts/{shard}.* and {_FIX}"
-                ) from error
-            if self._cache is not None:
-                self._cache[name] = stored
-            return stored.float()
+    def _string(self, offset: np.integer, nbytes: np.integer) -> str:
+        return self._files["strings.bin"].read(int(offset), int(nbytes)).decode()
 
-    def _open_shard(self, shard: str) -> Any:
-        if shard not in self._shards:
-            self._shards[shard] = safe_open(self._shard_path(shard), framework="pt")
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(shard)
-        return self._shards[shard]
 
-    def _shard_path(self, shard: str) -> Path:
-        return self.folder / PARTS / f"{shard}.safetensors"
+class _File:
+    """A file that is read at given places; closed with the last reference to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        data = os.pread(self._descriptor, nbytes, offset)
+        if len(data) != nbytes:
+            raise OSError(f"{self._path} ends before byte {offset + nbytes}")
+        return data
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+def digest_of_header(text: str) -> str:
+    """Return the folder name of the index with this header."""
+    return f"index-{hashlib.sha256(text.encode()).hexdigest()[:20]}"

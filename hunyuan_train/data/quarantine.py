@@ -1,4 +1,4 @@
-"""Why a source file is left out: one reason code and one true sentence per file."""
+"""Why a file or a sample is left out: one reason code and one true sentence for each."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +20,8 @@ class Reason(StrEnum):
     no_caption = "no_caption"
     manifest = "manifest"
     not_finite = "not_finite"
+    checksum = "checksum"
+    crop = "crop"
 
 
 class MediaError(Exception):
@@ -29,6 +31,20 @@ class MediaError(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class SampleError(Exception):
+    """A stored or decoded sample that cannot be trained on; another one takes its place."""
+
+    def __init__(self, sample_id: str, reason: Reason, detail: str) -> None:
+        super().__init__(f"{sample_id}: {reason}: {detail}")
+        self.sample_id = sample_id
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[str, Reason, str]]:
+        """Let the error travel between processes."""
+        return type(self), (self.sample_id, self.reason, self.detail)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
