@@ -30,6 +30,7 @@ from hunyuan_train.engine.precompute import precompute
 from hunyuan_train.engine.step import build_inputs, train_step
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.loss import flow_matching_loss
+from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.runtime.device import synchronize
 from hunyuan_train.runtime.dist import close_world, init_world
 
@@ -74,7 +75,8 @@ def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
     """Return (full, bare) seconds of ``repeats`` steps, in turn, the order swapped every time."""
     cfg, state, scale = run.cfg, run.state, run.store.meta.scaling_factor
     kept = build_inputs(state.loader.next_step(1)[0], cfg, scale, run.world.device)
-    model, optimizer = state.model, state.optimizer
+    model = state.updates.module
+    optimizer = build_optimizer(model, cfg.optimizer)
 
     def bare() -> None:
         x = kept

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 from hunyuan_train.parallel.config import ParallelConfig
 from hunyuan_train.parallel.engines import megatron
-from hunyuan_train.parallel.init import local_part, shard_of
 from hunyuan_train.parallel.layout import Slices, fused_slices
 from hunyuan_train.parallel.mesh import Axes, build_axes
+from hunyuan_train.parallel.view import WholeView, fill_part
 
 pytestmark = pytest.mark.dist
 
@@ -97,7 +97,7 @@ def fully_sharded(axes: Axes, sp: bool, meta: bool) -> dict:
         pair.to_empty(device="cpu")
         with torch.no_grad():
             for name, p in pair.named_parameters():
-                local_part(p).copy_(shard_of(whole[name], p, slices.get(name)))
+                fill_part(WholeView.of(p, slices.get(name)), whole[name])
     size, rank = axes.size("tp") if sp else 1, axes.rank("tp") if sp else 0
     replicas, replica = axes.size("zero"), axes.rank("zero")
     x, g = (t.detach().chunk(replicas)[replica].chunk(size, dim=1)[rank] for t in batch())
