@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from hunyuan_train.data.quarantine import MediaError, Reason
+
 PIXEL_MULTIPLE = 16
 """8 pixels per latent (VAE) times 2 latents per token (DiT patch)."""
 FRAME_STRIDE = 4
@@ -203,14 +205,18 @@ class BucketTable:
         frames: int,
         mode: Assign = Assign.nearest,
         max_upscale: float = 1.0,
+        max_crop_loss: float = 1.0,
     ) -> list[Assignment]:
         """Choose the buckets of a source of ``frames`` usable frames.
 
         An anchor fits when covering its nearest size enlarges the source by at most
         ``max_upscale``; the smallest anchor always fits, so a small source is enlarged rather than
         lost. ``nearest`` takes the largest anchor that fits and the longest duration that fits,
-        ``every`` takes all of both. The list is empty when the source is shorter than every
-        duration.
+        ``every`` takes all of both. Sizes whose crop removes more than ``max_crop_loss`` are not
+        taken. The list is empty when the source is shorter than every duration.
+
+        Raises:
+            MediaError: Every anchor that fits crops away too much.
         """
         durations = [duration for duration in self.durations if duration <= frames]
         fitting: list[Assignment] = []
@@ -222,7 +228,23 @@ class BucketTable:
                     Assignment(bucket=Bucket(duration, *size), anchor=anchor, cover=cover)
                     for duration in durations
                 )
-        return fitting[-1:] if mode == Assign.nearest else fitting
+        kept = [item for item in fitting if item.cover.crop_loss <= max_crop_loss + 1e-9]
+        if fitting and not kept:
+            raise _cropped_too_much(height, width, fitting, max_crop_loss)
+        return kept[-1:] if mode == Assign.nearest else kept
+
+
+def _cropped_too_much(
+    height: int, width: int, fitting: list[Assignment], max_crop_loss: float
+) -> MediaError:
+    best = min(fitting, key=lambda item: (item.cover.crop_loss, -item.bucket.tokens))
+    aspect = f"{width / height:.3g}:1" if width >= height else f"1:{height / width:.3g}"
+    return MediaError(
+        Reason.crop,
+        f"aspect {aspect} is too far from every bucket: a crop to the nearest, {best.bucket}, "
+        f"loses {best.cover.crop_loss:.1%} of the picture, and data.max_crop_loss is "
+        f"{max_crop_loss:.1%}",
+    )
 
 
 def _walk(cells: int, max_aspect: float) -> Iterator[tuple[int, int]]:

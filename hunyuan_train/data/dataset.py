@@ -3,30 +3,38 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hunyuan_train.data.buckets import Assignment, Bucket, BucketTable
 from hunyuan_train.data.config import ClipStart, DataConfig, Integrity
-from hunyuan_train.data.decode import VideoReader, frame_pixels
+from hunyuan_train.data.decode import VideoInfo, VideoReader, frame_pixels
 from hunyuan_train.data.images import image_pixels, read_image
 from hunyuan_train.data.quarantine import MediaError, Reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PixelSample:
-    """One bucket's worth of pixels of one source."""
+class SampleShape:
+    """A bucket that a source goes to, and how it gets there."""
 
     bucket: Bucket
     anchor: int
-    pixels: np.ndarray
-    """uint8 [frames, height, width, 3], upright RGB."""
     fps: float
     """Frames per second of the sample after thinning; 0 for images."""
     scale: float
     """Resize factor per side; above 1 the source was enlarged."""
     crop_loss: float
     """Share of the resized picture outside the crop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelSample(SampleShape):
+    """One bucket's worth of pixels of one source."""
+
+    pixels: np.ndarray
+    """uint8 [frames, height, width, 3], upright RGB."""
 
 
 def frame_stride(fps: float, max_fps: float) -> int:
@@ -43,14 +51,18 @@ def decode_samples(
         MediaError: The file cannot become a sample; the error says why.
     """
     if media == "image":
-        return _image_samples(path, cfg, table)
+        image = read_image(path)
+        chosen = _assign_image(image, cfg, table)
+        return [
+            PixelSample(
+                **_described(item, 0.0), pixels=image_pixels(image, item.bucket, item.cover)[None]
+            )
+            for item in chosen
+        ]
     with VideoReader(path) as reader:
         info = reader.info
         stride = frame_stride(info.fps, cfg.max_fps)
-        usable = (info.frames - 1) // stride + 1
-        chosen = table.assign(info.height, info.width, usable, cfg.assign, cfg.max_upscale)
-        if not chosen:
-            raise _too_short(f"{usable} usable frames at {info.fps / stride:g} fps", table)
+        chosen = _assign_video(info, cfg, table)
         centre = cfg.clip_start == ClipStart.centre
         frames = [reader.choose(item.bucket.frames, stride, centre=centre) for item in chosen]
         clips = [
@@ -64,9 +76,26 @@ def decode_samples(
                 if places:
                     clip[places] = frame_pixels(frame, info.rotation, item.bucket, item.cover)
     return [
-        _sample(item, clip, info.fps / stride if item.bucket.frames > 1 else 0.0)
+        PixelSample(**_described(item, info.fps / stride), pixels=clip)
         for item, clip in zip(chosen, clips, strict=True)
     ]
+
+
+def probe_samples(path: Path, media: str, cfg: DataConfig, table: BucketTable) -> list[SampleShape]:
+    """Return the shapes of what :func:`decode_samples` would return, decoding one frame at most.
+
+    Raises:
+        MediaError: The file cannot become a sample, as far as its first frame tells.
+    """
+    if media == "image":
+        return [
+            SampleShape(**_described(item, 0.0))
+            for item in _assign_image(read_image(path), cfg, table)
+        ]
+    with VideoReader(path) as reader:
+        info = reader.info
+    fps = info.fps / frame_stride(info.fps, cfg.max_fps)
+    return [SampleShape(**_described(item, fps)) for item in _assign_video(info, cfg, table)]
 
 
 def check_readable(path: Path, media: str) -> None:
@@ -81,25 +110,36 @@ def check_readable(path: Path, media: str) -> None:
         VideoReader(path).__exit__(None, None, None)
 
 
-def _image_samples(path: Path, cfg: DataConfig, table: BucketTable) -> list[PixelSample]:
-    image = read_image(path)
-    chosen = table.assign(image.height, image.width, 1, cfg.assign, cfg.max_upscale)
+def _assign_image(image: Image.Image, cfg: DataConfig, table: BucketTable) -> list[Assignment]:
+    chosen = _assign(image.height, image.width, 1, cfg, table)
     if not chosen:
         raise _too_short("an image is 1 frame", table)
-    return [
-        _sample(item, image_pixels(image, item.bucket, item.cover)[None], 0.0) for item in chosen
-    ]
+    return chosen
 
 
-def _sample(item: Assignment, pixels: np.ndarray, fps: float) -> PixelSample:
-    return PixelSample(
-        bucket=item.bucket,
-        anchor=item.anchor,
-        pixels=pixels,
-        fps=round(fps, 3),
-        scale=round(item.cover.scale, 4),
-        crop_loss=round(item.cover.crop_loss, 4),
-    )
+def _assign_video(info: VideoInfo, cfg: DataConfig, table: BucketTable) -> list[Assignment]:
+    stride = frame_stride(info.fps, cfg.max_fps)
+    usable = (info.frames - 1) // stride + 1
+    chosen = _assign(info.height, info.width, usable, cfg, table)
+    if not chosen:
+        raise _too_short(f"{usable} usable frames at {info.fps / stride:g} fps", table)
+    return chosen
+
+
+def _assign(
+    height: int, width: int, frames: int, cfg: DataConfig, table: BucketTable
+) -> list[Assignment]:
+    return table.assign(height, width, frames, cfg.assign, cfg.max_upscale, cfg.max_crop_loss)
+
+
+def _described(item: Assignment, fps: float) -> dict[str, Any]:
+    return {
+        "bucket": item.bucket,
+        "anchor": item.anchor,
+        "fps": round(fps, 3) if item.bucket.frames > 1 else 0.0,
+        "scale": round(item.cover.scale, 4),
+        "crop_loss": round(item.cover.crop_loss, 4),
+    }
 
 
 def _too_short(have: str, table: BucketTable) -> MediaError:

@@ -1,9 +1,11 @@
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, cover_crop
+from hunyuan_train.data.quarantine import MediaError
 
 SIDES = st.integers(min_value=1, max_value=4000)
 ANCHORS = st.integers(min_value=32, max_value=1024)
@@ -78,3 +80,33 @@ def test_nearest_is_the_largest_of_every(height, width, frames, durations, max_u
     if every:
         assert nearest[0].bucket.frames == max(d for d in durations if d <= frames)
         assert nearest[0].anchor == max(item.anchor for item in every)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    height=SIDES,
+    width=SIDES,
+    frames=st.integers(1, 20),
+    limit=st.floats(0.0, 1.0),
+    mode=st.sampled_from(list(Assign)),
+)
+def test_no_crop_above_the_limit_is_taken_and_none_below_it_refused(
+    height, width, frames, limit, mode
+):
+    table = BucketTable([16, 64, 256], [1, 5, 17])
+    every = table.assign(height, width, frames, Assign.every)
+    within = [item for item in every if item.cover.crop_loss <= limit + 1e-9]
+    if every and not within:
+        with pytest.raises(MediaError):
+            table.assign(height, width, frames, mode, max_crop_loss=limit)
+    else:
+        taken = table.assign(height, width, frames, mode, max_crop_loss=limit)
+        assert taken == (within if mode == Assign.every else within[-1:])
+
+
+@settings(max_examples=80, deadline=None)
+@given(aspect=st.floats(-math.log(4), math.log(4)), anchor=st.integers(64, 1024))
+def test_aspects_within_the_table_lose_less_than_a_quarter(aspect, anchor):
+    height, width = round(2000 * math.exp(-aspect / 2)), round(2000 * math.exp(aspect / 2))
+    size = BucketTable([anchor], [1]).nearest_size(anchor, height, width)
+    assert cover_crop(height, width, Bucket(1, *size)).crop_loss < 0.25

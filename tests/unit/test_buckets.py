@@ -1,6 +1,7 @@
 import pytest
 
 from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, cover_crop
+from hunyuan_train.data.quarantine import MediaError, Reason
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,54 @@ def test_smaller_than_every_anchor_is_enlarged_to_the_smallest():
 
 def test_shorter_than_every_duration_has_no_bucket():
     assert BucketTable([64], [5, 17]).assign(480, 640, 4) == []
+
+
+def test_crop_beyond_the_limit_is_refused_with_aspect_bucket_and_loss():
+    table = BucketTable([64, 128], [1, 5])
+    with pytest.raises(MediaError) as refused:
+        table.assign(400, 8000, 5, max_crop_loss=0.5)
+    assert refused.value.reason == Reason.crop
+    assert refused.value.detail == (
+        "aspect 20:1 is too far from every bucket: a crop to the nearest, 5x64x256, loses 80.0% of "
+        "the picture, and data.max_crop_loss is 50.0%"
+    )
+    with pytest.raises(MediaError, match=r"aspect 1:20 .* nearest, 1x256x64, loses 80\.0%"):
+        table.assign(8000, 400, 1, max_crop_loss=0.5)
+
+
+def test_crop_at_the_limit_is_taken_and_a_source_too_short_is_not_called_cropped():
+    table = BucketTable([64], [5])
+    (chosen,) = table.assign(64, 512, 5, max_crop_loss=0.5)
+    assert (chosen.bucket, chosen.cover.crop_loss) == (Bucket(5, 32, 128), 0.5)
+    with pytest.raises(MediaError):
+        table.assign(64, 520, 5, max_crop_loss=0.5)
+    assert table.assign(64, 520, 4, max_crop_loss=0.5) == []
+
+
+@pytest.mark.parametrize("mode", list(Assign))
+def test_only_the_anchors_that_crop_too_much_are_left_out(mode):
+    table = BucketTable([16, 64], [1])  # one square, and 13 sizes up to 4:1
+    assert {item.anchor for item in table.assign(100, 300, 1, Assign.every)} == {16, 64}
+    assert [item.anchor for item in table.assign(100, 300, 1, mode, max_crop_loss=0.5)] == [64]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "count", "sizes"),
+    [
+        (256, 49, {(256, 256), (208, 304), (192, 336)}),
+        (512, 97, {(512, 512), (384, 672)}),
+        (540, 101, {(528, 528), (400, 720)}),
+        (720, 133, {(720, 720), (528, 944)}),
+        (960, 181, {(960, 960), (720, 1280), (832, 1104)}),
+    ],
+)
+def test_anchors_of_the_published_stages_hold_legal_sizes_near_their_area(anchor, count, sizes):
+    made = BucketTable([anchor], [1]).sizes[anchor]
+    assert len(made) == count
+    assert sizes <= set(made)
+    for height, width in made:
+        assert height % 16 == width % 16 == 0
+        assert 0.87 * anchor**2 <= height * width <= anchor**2 + 128
 
 
 def test_portrait_and_landscape_are_mirror_images():

@@ -45,7 +45,8 @@ def test_renderings_are_fixed_by_file_and_number_alone():
     # Changing these words changes every store's captions.
     assert three[1:] == (
         "pan left. close-up. A cat sleeps. a bright living room. documentary.",
-        "documentary. A cat sleeps. close-up. pan left. A grey cat sleeps on a red sofa in the sun.",
+        "documentary. A cat sleeps. close-up. pan left. "
+        "A grey cat sleeps on a red sofa in the sun.",
     )
 
 
