@@ -16,17 +16,19 @@ or vanishes under a running job is an error, where a memory map would end the pr
 import bisect
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from hunyuan_train.data.blobs import ReadFile
 from hunyuan_train.data.buckets import Bucket
 
 FORMAT = 2
 FIX = "run `hunyuan-train precompute` again"
+ENCODING = ("utf-8", "surrogatepass")
+"""Captions and file names may hold halves of surrogate pairs."""
 HEADER = "header.json"
 FILES = ("rows.bin", "texts.bin", "shards.bin", "strings.bin")
 
@@ -149,7 +151,7 @@ class Index:
         self.num_shards: int = header["shards"]
         self._firsts = [group.first for group in self.groups]
         self._rows: int = header["rows"]
-        self._files = {name: _File(folder / name) for name in FILES}
+        self._files = {name: ReadFile(folder / name) for name in FILES}
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -196,69 +198,47 @@ class Index:
         """
         if not 0 <= number < self._rows:
             raise IndexError(f"row {number} of an index of {self._rows}")
-        row = self._records("rows.bin", ROW, number, 1)[0]
-        texts = self._records("texts.bin", TEXT, int(row["first_text"]), int(row["texts"]))
-        name = self._files["strings.bin"].read(int(row["id_offset"]), int(row["id_nbytes"]))
+        # In the order of ROW.
+        offset, nbytes, digest, id_offset, first_text, fps, scale, crop_loss, shard, *sizes = (
+            self._records("rows.bin", ROW, number, 1)[0]
+        )
+        id_nbytes, source_nbytes, num_texts = sizes
+        name = self._files["strings.bin"].read(id_offset, id_nbytes)
         group = self.group_of(number)
         return SampleRow(
-            sample_id=name.decode(),
-            source=name[: int(row["source_nbytes"])].decode(),
+            sample_id=name.decode(*ENCODING),
+            source=name[:source_nbytes].decode(*ENCODING),
             bucket=group.bucket,
             anchor=group.anchor,
             concept=group.concept,
             repeat=group.repeat,
-            fps=float(row["fps"]),
-            scale=float(row["scale"]),
-            crop_loss=float(row["crop_loss"]),
-            latents=Blob(
-                self.shard(int(row["shard"]))[0],
-                int(row["latents_offset"]),
-                int(row["latents_nbytes"]),
-                int(row["latents_digest"]),
+            fps=fps,
+            scale=scale,
+            crop_loss=crop_loss,
+            latents=Blob(self.shard(shard)[0], offset, nbytes, digest),
+            texts=tuple(
+                TextRef(
+                    caption=self._string(caption_offset, caption_nbytes),
+                    blob=Blob(self.shard(shard)[0], offset, nbytes, digest),
+                    tokens=tokens,
+                )
+                for caption_offset, offset, nbytes, digest, caption_nbytes, tokens, shard, _ in (
+                    self._records("texts.bin", TEXT, first_text, num_texts)
+                )
             ),
-            texts=tuple(self._text(text) for text in texts),
         )
 
     def shard(self, number: int) -> tuple[str, int]:
         """Return the name of a shard, and the bytes that it must have at least."""
-        shard = self._records("shards.bin", SHARD, number, 1)[0]
-        return self._string(shard["name_offset"], shard["name_nbytes"]), int(shard["nbytes"])
+        offset, nbytes, name_nbytes, _ = self._records("shards.bin", SHARD, number, 1)[0]
+        return self._string(offset, name_nbytes), nbytes
 
-    def _text(self, text: np.void) -> TextRef:
-        return TextRef(
-            caption=self._string(text["caption_offset"], text["caption_nbytes"]),
-            blob=Blob(
-                self.shard(int(text["shard"]))[0],
-                int(text["offset"]),
-                int(text["nbytes"]),
-                int(text["digest"]),
-            ),
-            tokens=int(text["tokens"]),
-        )
-
-    def _records(self, name: str, dtype: np.dtype, first: int, count: int) -> np.ndarray:
+    def _records(self, name: str, dtype: np.dtype, first: int, count: int) -> list[Any]:
         size = dtype.itemsize
-        return np.frombuffer(self._files[name].read(first * size, count * size), dtype)
+        return np.frombuffer(self._files[name].read(first * size, count * size), dtype).tolist()
 
-    def _string(self, offset: np.integer, nbytes: np.integer) -> str:
-        return self._files["strings.bin"].read(int(offset), int(nbytes)).decode()
-
-
-class _File:
-    """A file that is read at given places; closed with the last reference to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        data = os.pread(self._descriptor, nbytes, offset)
-        if len(data) != nbytes:
-            raise OSError(f"{self._path} ends before byte {offset + nbytes}")
-        return data
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def _string(self, offset: int, nbytes: int) -> str:
+        return self._files["strings.bin"].read(offset, nbytes).decode(*ENCODING)
 
 
 def digest_of_header(text: str) -> str:

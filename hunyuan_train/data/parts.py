@@ -3,11 +3,14 @@
 A store folder holds::
 
     meta.json                    what the store was made with; names the index (written last)
-    index-<digest>.jsonl         one row per sample
+    index-<digest>/              one row per sample; see index.py
     quarantine.jsonl             one row per file left out, with the reason
-    parts/<part>.safetensors     tensors: <source key>/<row>/{mean,std}, <text key>/{states,pooled}
-    parts/<part>.jsonl           what the part holds; its presence commits the part
+    parts/<part>.safetensors     tensors: <source key>/<row>/{mean,std}, <text key>/{pooled,states}
+    parts/<part>.jsonl           what the part holds and where; its presence commits the part
     claims/<unit>.lock           locks that share work between processes
+
+The two tensors of a row, and of a text, lie next to each other, and the list has their place in the
+file and the digest of their bytes, so that one read by position fetches both.
 
 Every entry is named by a hash of everything it depends on, so a part never becomes wrong, only
 unused; and a process that is killed leaves at most a tensor file without its list, which the next
@@ -26,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,9 +44,10 @@ class Part:
     """Work that is committed in one go."""
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By source key: ``{"rows": [...]}`` or ``{"reason": ..., "detail": ...}``."""
-    texts: dict[str, int] = field(default_factory=dict)
-    """By text key: the number of valid tokens."""
+    """By source key: ``{"rows": [...]}`` or ``{"reason": ..., "detail": ...}``; committing adds
+    to each row ``"latents": {"offset", "nbytes", "digest"}``."""
+    texts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By text key: ``{"tokens"}``, the valid ones; committing adds offset, nbytes and digest."""
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By file: size, mtime_ns, hashed_ns and sha256, so an untouched file is not read again."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -54,8 +60,8 @@ class PartStore:
         self.folder = folder
         self.sources: dict[str, tuple[str, dict[str, Any]]] = {}
         """Source key -> (part name, entry)."""
-        self.texts: dict[str, tuple[str, int]] = {}
-        """Text key -> (part name, valid tokens)."""
+        self.texts: dict[str, tuple[str, dict[str, int]]] = {}
+        """Text key -> (part name, entry)."""
         self.digests: dict[str, tuple[str, dict[str, Any]]] = {}
         """File -> (part name, entry); the newest of several."""
         self._seen: set[str] = set()
@@ -74,15 +80,22 @@ class PartStore:
         Raises:
             OSError: The disk is full or cannot be written; nothing half-written counts.
         """
-        keys = json.dumps([sorted(part.sources), sorted(part.texts), part.digests], sort_keys=True)
-        name = hashlib.sha256(keys.encode()).hexdigest()[:20]
+        pairs = _pairs(part)
+        for entry, first, second in pairs:
+            digest = xxhash.xxh3_64()
+            for key in (first, second):
+                digest.update(_bytes_of(part.tensors[key]))
+            entry["digest"] = digest.intdigest()
+        # Named after the content, so that no list ever belongs to the tensors of another commit.
+        name = key_of(json.dumps([part.sources, part.texts, part.digests], sort_keys=True))
         folder = self.folder / PARTS
         if part.tensors:
             with _replacing(folder / f"{name}.safetensors") as temporary:
                 save_file({key: part.tensors[key].contiguous() for key in part.tensors}, temporary)
+                _record_places(temporary, pairs)
         entries: list[dict[str, Any]] = [
             *({"source": key, **entry} for key, entry in part.sources.items()),
-            *({"text": key, "tokens": tokens} for key, tokens in part.texts.items()),
+            *({"text": key, **entry} for key, entry in part.texts.items()),
             *({"file": file, **digest} for file, digest in part.digests.items()),
         ]
         write_lines(folder / f"{name}.jsonl", entries)
@@ -95,9 +108,13 @@ class PartStore:
             # A tensor file without a list that was read is a commit that another process may be
             # about to finish; what a killed one left is only recognisable by its age.
             name = path.name.split(".")[0]
-            unused = name not in used and f"{name}.jsonl" in self._seen
-            if unused or (path.suffix == ".tmp" and time.time() - path.stat().st_mtime > _STALE_S):
+            listed = f"{name}.jsonl" in self._seen
+            if listed and name not in used:
                 path.unlink(missing_ok=True)
+            elif not listed and path.suffix != ".jsonl":
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > _STALE_S:
+                        path.unlink()
 
     @contextmanager
     def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
@@ -128,13 +145,41 @@ class PartStore:
             if "source" in entry:
                 self.sources[entry.pop("source")] = (name, entry)
             elif "text" in entry:
-                self.texts[entry["text"]] = (name, entry["tokens"])
+                self.texts[entry.pop("text")] = (name, entry)
             else:
                 file = entry.pop("file")
                 known = self.digests.get(file)
                 if known is None or known[1]["hashed_ns"] <= entry["hashed_ns"]:
                     self.digests[file] = (name, entry)
         self._seen.add(path.name)
+
+
+def _pairs(part: Part) -> list[tuple[dict[str, int], str, str]]:
+    """Return the entries that describe two tensors, with the names of these, in file order."""
+    pairs: list[tuple[dict[str, int], str, str]] = []
+    for key, entry in part.sources.items():
+        for number, row in enumerate(entry.get("rows", [])):
+            place = row["latents"] = {}
+            pairs.append((place, f"{key}/{number}/mean", f"{key}/{number}/std"))
+    for key, entry in part.texts.items():
+        pairs.append((entry, f"{key}/pooled", f"{key}/states"))
+    return pairs
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _record_places(path: Path, pairs: list[tuple[dict[str, int], str, str]]) -> None:
+    """Read from the header of a tensor file where each pair lies."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for entry, first, second in pairs:
+        start, middle = header[first]["data_offsets"]
+        then, end = header[second]["data_offsets"]
+        assert middle == then, f"{first} and {second} are apart in {path}"
+        entry["offset"], entry["nbytes"] = 8 + length + start, end - start
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,14 +1,18 @@
 """The end of precompute: index, quarantine list and meta data over all committed parts."""
 
 import json
+import math
+import shutil
 from dataclasses import asdict
 from typing import Any
 
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.index import FORMAT, META, SampleRow, StoreMeta
+from hunyuan_train.data.index import FORMAT, Blob, SampleRow, TextRef
+from hunyuan_train.data.index_writer import write_index
 from hunyuan_train.data.manifest import Source, SourceList
-from hunyuan_train.data.parts import key_of, write_lines, write_text
+from hunyuan_train.data.parts import write_lines, write_text
 from hunyuan_train.data.quarantine import MediaError, QuarantineRow, Reason
+from hunyuan_train.data.store import META, StoreMeta
 from hunyuan_train.engine.precompute_work import MEDIA, Worker
 
 QUARANTINE = "quarantine.jsonl"
@@ -35,11 +39,11 @@ def merge(worker: Worker, listing: SourceList) -> tuple[list[SampleRow], list[Qu
                 QuarantineRow(file=source.file, reason=error.reason, detail=error.detail)
             )
     quarantine.sort(key=lambda row: row.file)
-    lines = [row.to_json() for row in rows]
-    index = f"index-{key_of(json.dumps(lines))}.jsonl"
+    index = write_index(store.folder, rows)
     meta = StoreMeta(
         format=FORMAT,
         index=index,
+        storage_dtype=str(worker.cfg.storage_dtype),
         latent_channels=_latent_channels(worker, rows),
         text_length=worker.text.text_length,
         text_dim=worker.text.text_dim,
@@ -51,12 +55,11 @@ def merge(worker: Worker, listing: SourceList) -> tuple[list[SampleRow], list[Qu
         empty_texts={media: _empty_text(worker, media, used) for media in MEDIA},
     )
     # A reader follows meta.json to the index, so replacing it switches over in one step.
-    write_lines(store.folder / index, lines)
     write_lines(store.folder / QUARANTINE, [asdict(row) for row in quarantine])
     write_text(store.folder / META, json.dumps(asdict(meta), indent=2) + "\n")
-    for old in store.folder.glob("index-*.jsonl"):
+    for old in (*store.folder.glob("index-*"), *store.folder.glob(".index-*.tmp")):
         if old.name != index:
-            old.unlink(missing_ok=True)
+            old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
     store.prune(used)
     return rows, quarantine
 
@@ -79,10 +82,7 @@ def _rows_of(worker: Worker, source: Source, used: set[str]) -> list[SampleRow]:
         raise MediaError(Reason.no_caption, source.caption_problem)
     if not entry:
         raise _changed()
-    return [
-        _row(worker, source, f"{key}/{number}", part, stored, used)
-        for number, stored in enumerate(entry["rows"])
-    ]
+    return [_row(worker, source, part, stored, used) for stored in entry["rows"]]
 
 
 def _changed() -> MediaError:
@@ -90,49 +90,47 @@ def _changed() -> MediaError:
 
 
 def _row(
-    worker: Worker,
-    source: Source,
-    latent_key: str,
-    part: str,
-    stored: dict[str, Any],
-    used: set[str],
+    worker: Worker, source: Source, part: str, stored: dict[str, Any], used: set[str]
 ) -> SampleRow:
     bucket = Bucket.parse(stored["bucket"])
-    text_key = worker.text_key(source.caption, bucket.media)
-    if text_key not in worker.store.texts:
-        raise _changed()
-    text_part, tokens = worker.store.texts[text_key]
-    if not tokens:
+    texts = [_text(worker, caption, bucket.media, used) for caption in source.captions]
+    if not texts[0].tokens:
         raise MediaError(Reason.no_caption, "no caption: the text encoder sees no token in it")
-    used.add(text_part)
     return SampleRow(
         sample_id=f"{source.file}@{stored['anchor']}:{bucket}",
         source=source.file,
         bucket=bucket,
         anchor=stored["anchor"],
-        caption=source.caption,
-        media=bucket.media,
-        shard=part,
-        latent_key=latent_key,
-        text_shard=text_part,
-        text_key=text_key,
-        text_tokens=tokens,
+        concept=source.concept,
+        repeat=source.repeat,
         fps=stored["fps"],
         scale=stored["scale"],
         crop_loss=stored["crop_loss"],
+        latents=Blob(part, **stored["latents"]),
+        texts=tuple(text for text in texts if text.tokens),
     )
 
 
-def _empty_text(worker: Worker, media: str, used: set[str]) -> dict[str, Any]:
-    key = worker.text_key("", media)
-    if key not in worker.store.texts:  # no unit ran: every source was rejected by its manifest line
-        return {"shard": "", "key": key, "tokens": 0}
-    part, tokens = worker.store.texts[key]
+def _text(worker: Worker, caption: str, media: str, used: set[str]) -> TextRef:
+    key = worker.text_key(caption, media)
+    if key not in worker.store.texts:
+        raise _changed()
+    part, entry = worker.store.texts[key]
     used.add(part)
-    return {"shard": part, "key": key, "tokens": tokens}
+    blob = Blob(part, entry["offset"], entry["nbytes"], entry["digest"])
+    return TextRef(caption=caption, blob=blob, tokens=entry["tokens"])
+
+
+def _empty_text(worker: Worker, media: str, used: set[str]) -> dict[str, Any]:
+    if worker.text_key("", media) not in worker.store.texts:
+        # No unit ran: every source was rejected by its manifest line.
+        return {**asdict(Blob("", 0, 0, 0)), "tokens": 0}
+    text = _text(worker, "", media, used)
+    return {**asdict(text.blob), "tokens": text.tokens}
 
 
 def _latent_channels(worker: Worker, rows: list[SampleRow]) -> int:
     for row in rows:
-        return worker.store.sources[row.latent_key.split("/")[0]][1]["channels"]
+        moments = 2 * math.prod(row.bucket.latent_shape) * worker.dtype.itemsize
+        return row.latents.nbytes // moments
     return 0

@@ -20,8 +20,8 @@ from hunyuan_train.data.transforms import to_model_range
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import TextEncoder
 
-PIPELINE = 1
-"""Raise it when decoding, resizing or cropping changes, so that stores are redone."""
+PIPELINE = 2
+"""Raise it when decoding, resizing, cropping or what parts record changes: stores are redone."""
 MEDIA = ("image", "video")
 _TEXT_BATCH = 32
 _RACY_NS = 2_000_000_000
@@ -98,7 +98,8 @@ class Worker:
 
     def text_key(self, caption: str, media: str) -> str:
         """Name the features of a caption."""
-        return key_of(self.text.fingerprint, str(self.cfg.storage_dtype), media, caption)
+        kind = {"pipeline": PIPELINE, "storage_dtype": str(self.cfg.storage_dtype)}
+        return key_of(self.text.fingerprint, kind, media, caption)
 
     def _encode_sources(self, pending: dict[str, Source], part: Part) -> None:
         batches = _LatentBatches(self.vae, self.dtype, self.cfg.encode_pixels, part)
@@ -147,8 +148,8 @@ class Worker:
         wanted: dict[str, set[str]] = {media: {""} for media in MEDIA}
         for source, key in keyed:
             entry = part.sources.get(key) or self.store.sources.get(key, ("", {}))[1]
-            for row in entry.get("rows", []) if source.caption else []:
-                wanted[Bucket.parse(row["bucket"]).media].add(source.caption)
+            for row in entry.get("rows", []):
+                wanted[Bucket.parse(row["bucket"]).media].update(source.captions)
         for media, captions in wanted.items():
             missing = sorted(
                 caption
@@ -175,9 +176,9 @@ class Worker:
                     "data.storage_dtype=float32, or check the text encoder's weights"
                 )
             key = self.text_key(caption, media)
-            part.texts[key] = tokens
-            part.tensors[f"{key}/states"] = states.clone()
+            part.texts[key] = {"tokens": tokens}
             part.tensors[f"{key}/pooled"] = pooled.clone()
+            part.tensors[f"{key}/states"] = states.clone()
             self.texts += bool(caption)
 
 
@@ -230,7 +231,6 @@ class _LatentBatches:
         self._pixels -= len(waiting) * _num_pixels(bucket)
         mean, std = self._vae.encode(to_model_range([pixels for _, _, pixels in waiting]))
         for row, (key, number, _) in enumerate(waiting):
-            self._part.sources[key].setdefault("channels", mean.shape[1])
             stored = {"mean": mean[row].to(self._dtype), "std": std[row].to(self._dtype)}
             if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
                 self._part.sources[key] = {

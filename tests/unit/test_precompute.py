@@ -11,8 +11,9 @@ import torch
 from media_factory import FakeText, FakeVae, marked_frames, write_image, write_video
 
 from hunyuan_train.data.config import DataConfig, StorageDtype
-from hunyuan_train.data.index import LatentStore
+from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.manifest import list_sources
+from hunyuan_train.data.store import LatentStore, Sample
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.engine.precompute import precompute, split_units
 
@@ -49,6 +50,19 @@ def run(cfg: DataConfig, vae: FakeVae | None = None, text: FakeText | None = Non
     return summary, vae, text
 
 
+def open_store(clips: Path, name: str = "store") -> LatentStore:
+    return LatentStore.open(clips.parent / name, DataConfig())
+
+
+def rows_of(store: LatentStore) -> list[SampleRow]:
+    return [store.index.row(number) for number in range(len(store.index))]
+
+
+def load(store: LatentStore, sample_id: str) -> Sample:
+    ids = [row.sample_id for row in rows_of(store)]
+    return store.load(ids.index(sample_id), 0)
+
+
 def settle(clips: Path) -> None:
     """Date all files a minute back: a file that was just written is always read again."""
     for path in clips.rglob("*"):
@@ -61,23 +75,25 @@ def test_store_holds_unscaled_moments_and_trimmed_text(clips):
     assert (summary.sources, summary.ok, summary.encoded, summary.cached) == (5, 5, 5, 0)
     assert summary.samples == 3 * 2 + 2
     assert summary.quarantined == {}
-    store = LatentStore.open(clips.parent / "store")
-    assert [row.sample_id for row in store.rows] == [
+    store = open_store(clips)
+    assert [row.sample_id for row in rows_of(store)] == [
         "i0.png@48:1x32x48",
         "i1.png@48:1x32x48",
-        *(f"v{index}.mp4@48:{frames}x32x48" for index in range(3) for frames in (1, 5)),
+        *(f"v{index}.mp4@48:{frames}x32x48" for frames in (1, 5) for index in range(3)),
     ]
-    row = next(row for row in store.rows if row.sample_id == "i1.png@48:1x32x48")
-    sample = store.load(row)
-    torch.testing.assert_close(sample["mean"], torch.full((4, 1, 4, 6), 140 / 127.5 - 1))
-    torch.testing.assert_close(sample["std"], torch.full((4, 1, 4, 6), 0.25))
-    assert sample["mask"].tolist() == [True, True, False, False, False, False]
-    assert sample["states"][:, 0].tolist() == [5, 1, 0, 0, 0, 0]
-    assert sample["pooled"].tolist() == [1, 1]  # the image template
-    clip = store.load(next(row for row in store.rows if row.bucket.frames == 5))
-    assert clip["mean"].shape == (4, 2, 4, 6)
-    assert clip["pooled"].tolist() == [2, 2]  # the video template
-    assert store.empty("video")["mask"].tolist() == [True] + [False] * 5
+    assert [(group.bucket.frames, group.first, group.count) for group in store.index.groups] == [
+        (1, 0, 5),
+        (5, 5, 3),
+    ]
+    sample = load(store, "i1.png@48:1x32x48")
+    torch.testing.assert_close(sample.mean, torch.full((4, 1, 4, 6), 140 / 127.5 - 1))
+    torch.testing.assert_close(sample.std, torch.full((4, 1, 4, 6), 0.25))
+    assert sample.text.states.tolist() == [[5] * 3, [1] * 3]
+    assert sample.text.pooled.tolist() == [1, 1]  # the image template
+    clip = store.load(7, 0)
+    assert clip.mean.shape == clip.std.shape == (4, 2, 4, 6)
+    assert clip.text.pooled.tolist() == [2, 2]  # the video template
+    assert store.empty("video").states.shape == (1, 3)
     meta = store.meta
     assert (meta.latent_channels, meta.text_length, meta.text_dim, meta.pooled_dim) == (4, 6, 3, 2)
     assert meta.text_fingerprint == text.fingerprint
@@ -94,11 +110,14 @@ def test_clips_of_one_bucket_are_encoded_together(clips):
 def test_batching_does_not_change_what_is_stored(clips):
     run(config(clips))
     run(config(clips, latents=str(clips.parent / "one"), encode_pixels=1, shard_sources=64))
-    first, second = (LatentStore.open(clips.parent / name) for name in ("store", "one"))
-    for row, other in zip(first.rows, second.rows, strict=True):
-        assert row.sample_id == other.sample_id
-        for name, tensor in first.load(row).items():
-            assert torch.equal(tensor, second.load(other)[name])
+    first, second = (open_store(clips, name) for name in ("store", "one"))
+    assert len(first.index) == len(second.index) == 8
+    for number in range(8):
+        assert first.index.row(number).sample_id == second.index.row(number).sample_id
+        one, two = first.load(number, 0), second.load(number, 0)
+        for name in ("mean", "std"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+        assert torch.equal(one.text.states, two.text.states)
 
 
 def test_second_run_does_nothing(clips):
@@ -118,8 +137,10 @@ def test_changed_caption_redoes_only_its_text(clips):
     assert vae.clips == 0
     assert text.captions == ["another thing entirely"] * 2  # as image and as video
     assert summary.encoded == 0
-    rows = LatentStore.open(clips.parent / "store").rows
-    assert {row.caption for row in rows if row.source == "v1.mp4"} == {"another thing entirely"}
+    rows = rows_of(open_store(clips))
+    assert {row.texts[0].caption for row in rows if row.source == "v1.mp4"} == {
+        "another thing entirely"
+    }
 
 
 def test_changed_added_and_removed_files(clips):
@@ -130,10 +151,15 @@ def test_changed_added_and_removed_files(clips):
     (clips / "v2.mp4").unlink()
     summary, vae, _ = run(config(clips))
     assert (vae.clips, summary.encoded, summary.cached) == (2, 2, 3)
-    store = LatentStore.open(clips.parent / "store")
-    assert {row.source for row in store.rows} == {"i0.png", "i1.png", "new.png", "v0.mp4", "v1.mp4"}
-    row = next(row for row in store.rows if row.source == "i0.png")
-    assert store.load(row)["mean"][0, 0, 0, 0] == pytest.approx(200 / 127.5 - 1)
+    store = open_store(clips)
+    assert {row.source for row in rows_of(store)} == {
+        "i0.png",
+        "i1.png",
+        "new.png",
+        "v0.mp4",
+        "v1.mp4",
+    }
+    assert load(store, "i0.png@48:1x32x48").mean[0, 0, 0, 0] == pytest.approx(200 / 127.5 - 1)
 
 
 def test_renamed_file_keeps_its_latents(clips):
@@ -169,7 +195,7 @@ def test_unused_parts_are_deleted(clips):
     settle(clips)
     second = {path.name for path in (clips.parent / "store" / "parts").iterdir()}
     assert not {name for name in first & second if name.endswith(".safetensors")}
-    assert len(list((clips.parent / "store").glob("index-*.jsonl"))) == 1
+    assert len(list((clips.parent / "store").glob("index-*"))) == 1
 
 
 def test_bad_sources_are_quarantined_and_counted_and_the_run_goes_on(clips):
@@ -298,7 +324,7 @@ def test_killed_run_loses_only_its_unit(clips):
     kept = sum(path.read_text().count('"source":') for path in parts)
     assert 1 <= kept < 5
     with pytest.raises(ValueError, match=r"meta.json does not exist: no latent store there"):
-        LatentStore.open(clips.parent / "store")
+        open_store(clips)
     summary, vae, _ = run(config(clips, shard_sources=1))
     assert summary.ok == 5
     assert summary.cached == kept
@@ -319,9 +345,9 @@ def test_processes_share_the_work_and_survive_a_killed_one(clips):
     assert killed.wait(60) == -signal.SIGKILL
     assert results[0][1:] == results[1][1:] == ["11", "14"]
     assert int(results[0][0]) + int(results[1][0]) == 14
-    store = LatentStore.open(clips.parent / "store")
-    assert len(store.rows) == 14
-    for row in store.rows:
-        store.load(row)
+    store = open_store(clips)
+    assert len(store.index) == 14
+    for number in range(14):
+        store.load(number, 0)
     summary, vae, _ = run(config(clips, shard_sources=1))
     assert (summary.encoded, vae.clips) == (0, 0)
