@@ -73,8 +73,8 @@ def timed(run: TrainRun, step: Callable[[], None]) -> float:
 
 def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
     """Return (full, bare) seconds of ``repeats`` steps, in turn, the order swapped every time."""
-    cfg, state, scale = run.cfg, run.state, run.store.meta.scaling_factor
-    kept = build_inputs(state.loader.next_step(1)[0], cfg, scale, run.world.device)
+    cfg, state, scale = run.cfg, run.state, run.scaling_factor
+    kept = build_inputs(state.loader.next_step()[0], cfg, scale, run.world.device)
     model = state.updates.module
     optimizer = build_optimizer(model, cfg.optimizer)
 
@@ -89,7 +89,7 @@ def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
     with StepMeter(run) as meter:
 
         def full() -> None:
-            batches = state.loader.next_step(1)
+            batches = state.loader.next_step()
             meter.add(train_step(state, batches, cfg, run.world, scale), 0.0)
             if cfg.logging.due(state.step):
                 meter.emit()

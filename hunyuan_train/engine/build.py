@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.data.index import LatentStore
-from hunyuan_train.data.loader import BucketLoader
+from hunyuan_train.engine.data import build_loader, open_stores
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
@@ -33,7 +33,8 @@ class TrainRun:
     cfg: RunConfig
     world: World
     folder: Path
-    store: LatentStore
+    scaling_factor: float
+    """Of the latents, which is the same in all stores."""
     state: TrainState
     checkpoints: CheckpointManager
 
@@ -46,11 +47,11 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     Raises:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
-    store = open_store(cfg)
+    stores = open_stores(cfg)
     axes = build_axes(cfg.parallel, world.device.type, world.size)
     model, rules = lay_out(cfg, axes, world.device)
-    place = model.axes.rank("dp"), model.axes.size("dp")
-    loader = BucketLoader(store, cfg.data, cfg.run.seed, *place)
+    parameters = sum(p.numel() for p in build_on_meta(cfg).parameters())
+    loader = build_loader(cfg, stores, parameters, model.axes, world)
     check_sequence({str(bucket): bucket.tokens for bucket in loader.buckets}, cfg.parallel)
     updates = build_updates(model, cfg.parallel, cfg.optimizer)
     init_weights(updates, rules, cfg.run.seed)
@@ -66,7 +67,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         cfg=cfg,
         world=world,
         folder=folder,
-        store=store,
+        scaling_factor=next(iter(stores.values())).meta.scaling_factor,
         state=state,
         checkpoints=build_checkpoints(cfg),
     )
@@ -80,30 +81,10 @@ def build_checkpoints(cfg: RunConfig) -> CheckpointManager:
     return CheckpointManager(folder, cfg.checkpoint, identity=config_dict(cfg.model))
 
 
-def open_store(cfg: RunConfig) -> LatentStore:
-    """Open the precomputed latents and check that the model can take them.
-
-    Raises:
-        ValueError: naming the field of the config and the store that disagree.
-    """
-    if not cfg.data.latents:
-        raise ValueError(
-            "data.latents is empty; give it the folder that `hunyuan-train precompute` wrote"
-        )
-    store = LatentStore.open(Path(cfg.data.latents))
-    wanted = {
-        "latent_channels": ("model.out_channels", cfg.model.out_channels),
-        "text_dim": ("model.text_dim", cfg.model.text_dim),
-        "pooled_dim": ("model.pooled_dim", cfg.model.pooled_dim),
-    }
-    for name, (field, value) in wanted.items():
-        found = getattr(store.meta, name)
-        if found != value:
-            raise ValueError(
-                f"{field}={value}, but the latents in {cfg.data.latents} have {name}={found}; "
-                f"precompute again with this config or set {field}={found}"
-            )
-    return store
+def build_on_meta(cfg: RunConfig) -> nn.Module:
+    """Return the single-device model without storage."""
+    with torch.device("meta"):
+        return build_model(cfg.model)
 
 
 def lay_out(
@@ -113,8 +94,7 @@ def lay_out(
 
     DeepSpeed allocates for itself; the model it gets has no storage.
     """
-    with torch.device("meta"):
-        module = build_model(cfg.model)
+    module = build_on_meta(cfg)
     if cfg.parallel.compute_dtype == "float64":
         module = module.double()
     rules = init_rules(module)

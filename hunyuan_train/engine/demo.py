@@ -23,7 +23,13 @@ from hunyuan_train.data.shapes import (
     held_out_prompts,
     write_shapes_dataset,
 )
-from hunyuan_train.engine.reporting import machine, run_stages, sample_grid, vae_curves
+from hunyuan_train.engine.reporting import (
+    data_tables,
+    machine,
+    run_stages,
+    sample_grid,
+    vae_curves,
+)
 from hunyuan_train.evaluation.prompt_following import chance_scores, score_video, score_videos
 from hunyuan_train.evaluation.report import Report, write_report
 from hunyuan_train.evaluation.video import read_video
@@ -159,6 +165,7 @@ def _write_report(
         targets={"colour": 0.90, "shape": 0.70, "direction": 0.85},
         stages=run_stages(folder),
         grids=[dataclasses.replace(trained, verdicts=verdicts), untrained],
+        tables=data_tables(folder),
         extra_curves=vae_curves(folder / "vae"),
         settings=machine(),
         fps=cfg.sample.fps,

@@ -58,14 +58,13 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
     claim_folder(cfg, world)
     run = build_run(cfg, world)
     state, last = run.state, cfg.stage.steps
-    scaling_factor = run.store.meta.scaling_factor
     log.info("%s", run.state.loader.describe())
     with StepMeter(run) as meter:
         while state.step < last:
             started = time.perf_counter()
-            batches = state.loader.next_step(cfg.stage.micro_steps)
+            batches = state.loader.next_step()
             waited_s = time.perf_counter() - started
-            meter.add(train_step(state, batches, cfg, world, scaling_factor), waited_s)
+            meter.add(train_step(state, batches, cfg, world, run.scaling_factor), waited_s)
             if cfg.logging.due(state.step) or state.step == last:
                 meter.emit()
             stop = preemption.requested()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.config.compose import config_dict
+from hunyuan_train.engine.bucket_meter import FILE_NAME, BucketMeter
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.observability.flops import peak_tflops
@@ -30,6 +31,10 @@ class StepMeter:
             cfg.logging, cfg.stage.steps, run.world.rank, start_step=step, label=cfg.stage.name
         )
         self._throughput = Throughput(self._peak.tflops, run.world.size)
+        path = run.folder / FILE_NAME if run.world.rank == 0 else None
+        axes, device = run.state.model.axes, run.world.device
+        self._buckets = BucketMeter(run.state.loader.buckets, axes, device, path, step)
+        self._balance: list[float] = []
         self._steps: list[StepMetrics] = []
 
     def __enter__(self) -> "StepMeter":
@@ -46,10 +51,12 @@ class StepMeter:
         """Close the trackers and the progress line."""
         self._progress.__exit__(kind, error, trace)
         self._logger.close()
+        self._buckets.close()
 
     def add(self, metrics: StepMetrics, data_wait_s: float) -> None:
         """Count one step and the seconds it waited for its data."""
         self._steps.append(metrics)
+        self._balance.append(self._run.state.loader.balance.step)
         self._throughput.add(tokens=metrics.tokens, flops=metrics.flops, data_wait_s=data_wait_s)
         self._progress.advance(self._run.state.step)
 
@@ -59,9 +66,13 @@ class StepMeter:
         if not steps:
             return
         synchronize(run.world.device)
+        for metrics in steps:
+            self._buckets.add(metrics.micro_steps, metrics.watch.seconds())
+        self._buckets.emit(run.state.step)
         rates = self._throughput.take()
         memory = peak_memory_bytes(run.world.device) / 2**30
         worst = max_over_ranks(torch.tensor([memory, rates["data_wait"]], dtype=torch.float64))
+        replaced = torch.tensor(float(run.state.loader.replaced), device=run.world.device)
         rates["data_wait"] = worst[1].item()
         row: dict[str, Tensor | float | int | str] = {
             "loss": torch.stack([s.loss for s in steps]).mean(),
@@ -72,6 +83,8 @@ class StepMeter:
             "tokens": run.state.tokens,
             "samples": run.state.samples,
             "skipped_updates": run.state.skipped_updates,
+            "replaced_samples": run.state.model.axes.sum(replaced, "dp"),
+            "balance": sum(self._balance) / len(self._balance),
         }
-        self._steps = []
+        self._steps, self._balance = [], []
         self._progress.show(run.state.step, self._logger.emit(run.state.step, row))

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 
-from hunyuan_train.config.compose import CONFIG_NAME
+from hunyuan_train.config.compose import CONFIG_NAME, load_config
+from hunyuan_train.engine.bucket_meter import FILE_NAME as BUCKETS_NAME
+from hunyuan_train.engine.data import QUARANTINE_NAME
+from hunyuan_train.engine.precompute_merge import QUARANTINE
 from hunyuan_train.engine.sampling import PROMPTS_NAME, newest_weights
 from hunyuan_train.engine.vae_run import SUMMARY_NAME
-from hunyuan_train.evaluation.report import Report, SampleGrid, StageCurves, write_report
+from hunyuan_train.evaluation.bucket_stats import (
+    bucket_table,
+    quarantine_table,
+    read_bucket_stats,
+)
+from hunyuan_train.evaluation.report import Report, SampleGrid, StageCurves, Table, write_report
 from hunyuan_train.evaluation.video import read_png, read_video
 
 SHOWN_SAMPLES = 32
@@ -52,6 +60,26 @@ def vae_curves(vae_folder: Path) -> dict[str, dict[str, list[tuple[float, float]
     return {"VAE training": lines}
 
 
+def data_tables(folder: Path) -> list[Table]:
+    """Return what each bucket of each stage gave, and what was quarantined before and in training.
+
+    The list of precompute is that of the latent store of the newest stage.
+    """
+    configs = sorted((folder / "stages").glob(f"*/{CONFIG_NAME}")) or [folder / CONFIG_NAME]
+    tables = []
+    for path in configs:
+        if stats := read_bucket_stats(path.parent / BUCKETS_NAME):
+            tables.append(bucket_table(path.parent.name, stats))
+    data = load_config(configs[-1]).data
+    stores = [source.latents for source in data.sources.values()] or [data.latents]
+    left_out = {
+        "Files that precompute left out": [Path(store) / QUARANTINE for store in stores],
+        "Samples that training could not use": [p.parent / QUARANTINE_NAME for p in configs],
+    }
+    found = [quarantine_table(title, paths) for title, paths in left_out.items()]
+    return tables + [table for table in found if table is not None]
+
+
 def machine() -> dict[str, str]:
     """Return what the figures were measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
@@ -86,6 +114,7 @@ def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
             figures=figures,
             stages=run_stages(folder),
             grids=grids,
+            tables=data_tables(folder),
             extra_curves=vae_curves(vae_folder) if vae_folder else {},
             settings=machine(),
         ),

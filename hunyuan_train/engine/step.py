@@ -1,11 +1,13 @@
 """One optimizer update: micro-batches in, reduced numbers out."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.hunyuan.text_refiner import trim_text
@@ -26,7 +28,26 @@ from hunyuan_train.objectives.timesteps import sample_sigmas
 from hunyuan_train.observability.flops import dit_forward_flops
 from hunyuan_train.optim.schedule import learning_rate
 from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.runtime.device import Stopwatch
 from hunyuan_train.runtime.dist import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroStep:
+    """What one micro-batch of this rank came to."""
+
+    bucket: Bucket
+    samples: int
+    tokens: int
+    loss_sum: Tensor
+    """Over tokens and samples: a float32 scalar on the device."""
+
+    @classmethod
+    def of(cls, batch: Batch, loss_sum: Tensor) -> Self:
+        """Count the samples of a batch, none if it has no weight."""
+        samples = len(batch.sample_ids) if batch.weight else 0
+        tokens = samples * batch.bucket.tokens
+        return cls(bucket=batch.bucket, samples=samples, tokens=tokens, loss_sum=loss_sum)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +60,10 @@ class StepMetrics:
     samples: int
     flops: float
     lr: float
+    micro_steps: list[MicroStep]
+    """Of this rank alone; one that only kept ranks in step has no samples."""
+    watch: Stopwatch
+    """One stretch per entry of ``micro_steps``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +142,8 @@ def global_counts(batches: list[Batch], cfg: RunConfig, axes: Axes) -> tuple[int
     """Return tokens, samples and FLOPs of the step over all ranks with distinct data."""
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
+        if not batch.weight:  # only there because other ranks have one more
+            continue
         samples = len(batch.sample_ids)
         row = [samples * batch.bucket.tokens, samples, training_flops(batch, cfg)]
         counts += torch.tensor(row, dtype=torch.float64)
@@ -142,15 +169,18 @@ def train_step(
     tokens, samples, flops = global_counts(batches, cfg, axes)
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
     updates.set_learning_rate(lr)
-    losses: list[Tensor] = []
+    micro_steps: list[MicroStep] = []
+    watch = Stopwatch(world.device)
+    watch.mark()
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         updates.start_micro_step(last=last)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
-        loss = flow_matching_loss(predicted, x.target).sum
+        loss = flow_matching_loss(predicted, x.target).sum * batch.weight
         updates.backward(loss / tokens, last=last)
-        losses.append(loss.detach())
+        micro_steps.append(MicroStep.of(batch, loss.detach()))
+        watch.mark()
     norm = updates.clip(cfg.optimizer.clip_norm)
     state.skipped_updates += updates.step(norm)
     state.ema.update(state.step)
@@ -158,10 +188,12 @@ def train_step(
     state.samples += samples
     state.tokens += tokens
     return StepMetrics(
-        loss=axes.sum(torch.stack(losses).sum(), "dp") / tokens,
+        loss=axes.sum(torch.stack([part.loss_sum for part in micro_steps]).sum(), "dp") / tokens,
         grad_norm=norm,
         tokens=tokens,
         samples=samples,
         flops=flops,
         lr=lr,
+        micro_steps=micro_steps,
+        watch=watch,
     )

@@ -133,6 +133,20 @@ class SampleGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text under a heading."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    """A sentence under the heading."""
+
+    chart: bytes = b""
+    """A PNG above the rows; empty for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a report shows; whatever is empty is left out of it."""
 
@@ -146,6 +160,7 @@ class Report:
 
     stages: Sequence[StageCurves] = ()
     grids: Sequence[SampleGrid] = ()
+    tables: Sequence[Table] = ()
     extra_curves: Mapping[str, Mapping[str, Points]] = field(default_factory=dict)
     """Heading to further curves by name, for example the VAE's training."""
 
@@ -190,6 +205,7 @@ def _page(report: Report) -> str:
         _numbers(report),
         _stages(report),
         *(_grid(grid, report.fps) for grid in report.grids),
+        *(_table(table) for table in report.tables),
         *(
             _section(heading, _image(curve_chart(series, x_label="step", y_label="", log_y=True)))
             for heading, series in report.extra_curves.items()
@@ -277,6 +293,17 @@ def _grid(grid: SampleGrid, fps: int) -> str:
         )
     note = f"<p>{escape(grid.note)}</p>" if grid.note else ""
     return _section(grid.title, f"{note}<div class=grid>{''.join(cells)}</div>")
+
+
+def _table(table: Table) -> str:
+    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
+    )
+    chart = _image(table.chart) if table.chart else ""
+    body = f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>"
+    return _section(table.title, note + chart + body)
 
 
 def _clip(video: Tensor, fps: int) -> str:

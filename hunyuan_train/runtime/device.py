@@ -1,5 +1,8 @@
 """The device a process computes on, and the few calls that differ between devices."""
 
+import os
+import time
+
 import torch
 
 
@@ -38,3 +41,37 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Return the memory this process may plan with: of the device on CUDA, of the machine on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Stopwatch:
+    """Times stretches of queued work without waiting for them.
+
+    On CUDA it places events in the stream; on a CPU it reads the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """End a stretch, if one runs, and begin the next."""
+        if not self._cuda:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Return the lengths of the stretches; on CUDA call it after :func:`synchronize`."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not self._cuda:
+            return [after - before for before, after in pairs]  # pyright: ignore[reportOperatorIssue]
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
