@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.config import DataConfig, Encode
-from hunyuan_train.data.cost import ModelSizes, sample_cost
+from hunyuan_train.data.config import DataConfig
+from hunyuan_train.data.cost import sample_cost
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.data.mixture import Cell, cells_of
 from hunyuan_train.data.planner import StepPlanner
@@ -39,7 +39,7 @@ def open_stores(cfg: RunConfig) -> dict[str, SampleStore]:
             raise ValueError(
                 "data.latents is empty; give it the folder that `hunyuan-train precompute` wrote"
             )
-        sources = {"data": cfg.data.latents}
+        sources = {"": cfg.data.latents}
     stores: dict[str, SampleStore] = {}
     for name, folder in sources.items():
         store = LatentStore.open(folder, cfg.data, name)
@@ -119,11 +119,16 @@ def build_planner(
     Raises:
         ValueError: nothing is selected, or shares ask for what is not there.
     """
-    cells = cells_of(list(stores.values()), cfg.data)
-    sizes = ModelSizes.of(cfg.model)
+    opened = list(stores.values())
+    cells = cells_of(opened, cfg.data)
+
+    def text_tokens(cell: Cell) -> float:
+        groups = opened[cell.store].index.groups
+        return next(g.tokens_of_text for g in groups if g.first == cell.first)
+
     return StepPlanner(
         cells,
-        [sample_cost(cell.bucket, cell.text_tokens, sizes) for cell in cells],
+        [sample_cost(cell.bucket, text_tokens(cell), cfg.model) for cell in cells],
         [largest_batch(cell.bucket, tokens, cfg.data) for cell in cells],
         cfg.data,
         cfg.run.seed,

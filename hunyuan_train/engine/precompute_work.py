@@ -256,6 +256,7 @@ def config_hash(cfg: DataConfig, vae_fingerprint: str) -> str:
             "bucket_stride": cfg.bucket_stride,
             "assign": str(cfg.assign),
             "max_upscale": cfg.max_upscale,
+            "max_crop_loss": cfg.max_crop_loss,
             "max_fps": cfg.max_fps,
             "clip_start": str(cfg.clip_start),
             "integrity": str(cfg.integrity),
