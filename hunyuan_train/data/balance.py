@@ -61,7 +61,7 @@ class UnitTable:
             int(self.epoch[index]),
             int(self.start[index]),
             int(self.count[index]),
-            float(weight),
+            weight,
         )
 
     def take(self, index: np.ndarray | slice) -> "UnitTable":
@@ -106,7 +106,7 @@ class Assignment(Sequence[list[Unit]]):
         return (self._rounds(rows) for rows in self._ranks)
 
     def _rounds(self, rows: np.ndarray) -> list[Unit]:
-        return [self._table.unit(row, self._weight[row]) for row in rows]
+        return [self._table.unit(row, float(self._weight[row])) for row in rows.tolist()]
 
 
 class StepPlan:

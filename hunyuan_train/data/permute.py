@@ -2,7 +2,7 @@
 
 A place is written as two digits ``(left, right)`` of base ``a`` and ``b``, ``a * b >= n``. Every
 round adds a keyed hash of one digit to the other, modulo its base, which can be undone: a Feistel
-network. Its range is less than ``sqrt(n) + 1`` larger than ``n``; what falls outside is sent through
+network. Its range is at most ``sqrt(n)`` larger than ``n``; what falls outside is sent through
 again until it is inside (cycle walking), so the whole is a bijection of range(n).
 """
 
@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-Ints: TypeAlias = np.ndarray | int
+Ints: TypeAlias = np.ndarray | np.integer | int
 MAX_LENGTH = 2**40
 _ROUNDS = 10
 _GOLDEN = 0x9E3779B97F4A7C15
