@@ -20,7 +20,7 @@ from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.observability.config import LoggingConfig
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.parallel.config import ParallelConfig
-from hunyuan_train.resilience.config import ResilienceConfig
+from hunyuan_train.resilience.config import LaunchConfig, ResilienceConfig
 
 
 @dataclass(kw_only=True)
@@ -44,3 +44,4 @@ class RunConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     certify: CertifyConfig = field(default_factory=CertifyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
