@@ -27,6 +27,20 @@ def read_launch_env() -> LaunchEnv:
     )
 
 
+def read_attempt() -> int:
+    """Return the number of this start of all ranks, 0 for the first.
+
+    ``hunyuan-train launch`` sets HUNYUAN_ATTEMPT, alike on all nodes; torchrun counts per node.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(os.environ.get("HUNYUAN_ATTEMPT", restarts))
+
+
+def read_node() -> int:
+    """Return the number of this node among those that train, 0 without a launcher."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """Return this process's environment with ``changes``, for a child process."""
     return {**os.environ, **changes}
