@@ -25,6 +25,7 @@ PHASES = {
     "backward": 5,
     "update": 6,
     "collective": -1,  # waits for others on purpose; keeps the place of the phase around it
+    "failed": 8,  # ends with an exception
     "done": 9,
 }
 """Order of the phases between two beats."""
@@ -121,7 +122,7 @@ class _Kind:
 
     def __init__(self, phase: str, bucket: str) -> None:
         self.number, self.place = _NAMES.index(phase), PHASES[phase]
-        self.bucket = bucket.encode()[:24]
+        self.bucket = bucket.encode("ascii", "replace")[:24]
         self.count, self.typical_s = 0, 0.0
 
 
@@ -149,6 +150,9 @@ class _Restore:
 
 class Heartbeat:
     """Writes the record of one rank; one thread of the rank uses it.
+
+    As a context manager it ends in phase done, or failed after an exception: then the rank may end.
+    A process that ends without either is dead.
 
     A record has two slots that are written in turn, each between two copies of its number. A reader
     takes the newest slot whose copies agree, so a process stopped in the middle of a write leaves
@@ -232,9 +236,18 @@ class Heartbeat:
         self._unusual = False
         self.phase("loop")
 
-    def close(self) -> None:
-        """Say that this rank ended as it should; its process may go now."""
-        self.phase("done")
+    def __enter__(self) -> "Heartbeat":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Say that this rank ended as it should, or with an exception."""
+        self.phase("done" if error is None else "failed", self._kind.bucket.decode())
 
     def _mark(self, kind: _Kind) -> None:
         now = time.monotonic()
@@ -299,6 +312,6 @@ def read_beat(path: Path) -> Beat | None:
     return Beat(
         rank=rank, node=node, pid=pid, started=started, main_thread=thread, signal=dump_signal,
         marks=marks, time=marked, step=step, micro_step=micro, place=place, phase=_NAMES[number],
-        bucket=bucket.rstrip(b"\0").decode(errors="replace"), count=count, typical_s=typical_s,
+        bucket=bucket.rstrip(b"\0").decode("ascii"), count=count, typical_s=typical_s,
         typical_step_s=typical_step_s, step_s=step_s, busy=busy, cost=cost,
     )  # fmt: skip

@@ -52,6 +52,8 @@ class Fault(StrEnum):
     """Its process is gone."""
     stopped = "stopped"
     """Its process does not run: SIGSTOP, a debugger."""
+    failed = "failed"
+    """It ended with an exception, maybe because another rank is gone."""
     hung = "hung"
     """It runs and does not get on."""
     waiting = "waiting"
@@ -66,13 +68,15 @@ class RankState:
     node: int = 0
     pid: int = 0
     process: str = "running"
-    """``missing`` (no sign yet), ``running``, ``stopped``, ``blocked`` (in the kernel), ``dead`` or
-    ``done``."""
+    """``missing`` (no sign yet), ``running``, ``stopped``, ``blocked`` (in the kernel), ``dead``,
+    ``failed`` or ``done``."""
     progress: tuple[int, int, int, bool] = (-1, 0, 0, False)
     """Updates, micro-steps, phase, and whether it waits on purpose; the least is behind."""
     step: int = 0
     phase: str = "start"
     bucket: str = ""
+    when: float = 0.0
+    """Wall-clock time at which it last got on."""
     still_s: float = 0.0
     """Seconds since it last got on."""
     limit_s: float = 0.0
@@ -125,17 +129,26 @@ def judge(states: Sequence[RankState]) -> list[Verdict]:
         states: Of all ranks, or of those one knows about.
     """
     active = [state for state in states if state.process != "done"]
+    failed = [state for state in active if state.process == "failed"]
     culprits = [state for state in active if state.process == "dead"]
     culprits += [state for state in active if state.process == "stopped" and state.overdue]
+    if not culprits and failed:
+        culprits = [min(failed, key=lambda state: state.when)]  # the first
     if not culprits:
         culprits = _hung(active)
-    blamed = {state.rank for state in culprits}
-    waiting = [s for s in active if culprits and s.rank not in blamed and s.process != "missing"]
-    ranks = [state.rank for state in waiting]
-    verdicts = [_verdict(state, ranks, together=len(culprits) > 1) for state in culprits]
-    names = name_ranks(sorted(blamed))
-    for state in waiting:
-        verdicts.append(_as_verdict(Fault.waiting, state, f"rank {state.rank} waits for {names}"))
+    if not culprits:
+        return []
+    blamed = [state.rank for state in culprits]
+    rest = [s for s in active if s.rank not in blamed and s.process != "missing"]
+    waiting = [state.rank for state in rest if state.process != "failed"]
+    verdicts = [_verdict(state, waiting, together=len(culprits) > 1) for state in culprits]
+    names = name_ranks(blamed)
+    for state in rest:
+        if state.process == "failed":
+            verdicts.append(_verdict(state, [], together=False))
+        else:
+            text = f"rank {state.rank} waits for {names}"
+            verdicts.append(_as_verdict(Fault.waiting, state, text))
     return verdicts
 
 
@@ -171,6 +184,11 @@ def _verdict(state: RankState, waiting: list[int], *, together: bool) -> Verdict
     where += f" for {state.still_s:.1f} s"
     if state.process == "dead":
         kind, text = Fault.dead, f"rank {state.rank} is dead: process {state.pid} is gone; {where}"
+    elif state.process == "failed":
+        kind, text = (
+            Fault.failed,
+            f"rank {state.rank} failed with an exception in step {state.step}",
+        )
     elif state.process == "stopped":
         kind, text = Fault.stopped, f"rank {state.rank} is stopped: process {state.pid}; {where}"
     elif waiting and not together:
@@ -270,7 +288,8 @@ class Monitor:
         return RankState(
             rank=rank, node=beat.node, pid=beat.pid, process=process, progress=beat.progress,
             step=beat.step, phase=beat.phase, bucket=beat.bucket, still_s=still_s, limit_s=limit_s,
-            waits=self._class_of(rank), busy=beat.busy, cost=beat.cost,
+            when=time.time() - time.monotonic() + beat.time, waits=self._class_of(rank),
+            busy=beat.busy, cost=beat.cost,
         )  # fmt: skip
 
     def _class_of(self, rank: int) -> str:
@@ -312,8 +331,8 @@ class Monitor:
 
 def _process(beat: Beat) -> str:
     """Return the state of the process that wrote ``beat``, see ``RankState.process``."""
-    if beat.phase == "done":
-        return "done"
+    if beat.phase in ("done", "failed"):
+        return beat.phase
     try:
         letter, started = process_start(beat.pid)
     except ProcessLookupError:
