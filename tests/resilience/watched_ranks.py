@@ -27,6 +27,13 @@ def hang(fault: str) -> None:
             time.sleep(1000)
 
 
+def burn(seconds: float) -> None:
+    """Compute for some processor time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def _main(rank: int, world: int, run_dir: str, fault: str, culprit: int, at: int) -> None:
     import torch
     import torch.distributed as dist
@@ -50,6 +57,7 @@ def _main(rank: int, world: int, run_dir: str, fault: str, culprit: int, at: int
                 dist.all_reduce(values)
             heart.phase("update")
             time.sleep(0.002)
+            burn(0.008 if fault == "slow" and rank == culprit else 0.004)
             if rank == culprit and step == at and fault == "raise":
                 raise RuntimeError("on purpose")
             heart.beat(step, time.monotonic() - started)
