@@ -31,6 +31,9 @@ NestedTensors = Mapping[str, Any]
 """Tensors, plain or DTensor, in nested mappings; the first level is called a section (model, ema,
 optimizer)."""
 
+FlatTensors = Mapping[str, Tensor]
+"""The same as {"section/name": tensor}."""
+
 _MAX_NAMED = 5
 
 

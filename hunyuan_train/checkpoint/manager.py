@@ -1,51 +1,42 @@
 """Saving and restoring the state of a run: atomic, checked, and the same on any number of ranks."""
 
-import errno
 import json
 import logging
-import shutil
-from collections.abc import Callable
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_saver import save
 
+from hunyuan_train.checkpoint.background import BackgroundSaver
+from hunyuan_train.checkpoint.cadence import Cadence
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.load import (
     NestedTensors,
     check_identity,
     check_tensors,
     describe,
-    first_cause,
     flatten,
     inspect,
     read_tensors,
     stored_tensors,
 )
-from hunyuan_train.checkpoint.ranks import Ranks, without_dist_warning
+from hunyuan_train.checkpoint.ranks import Ranks
+from hunyuan_train.checkpoint.replay import Replay, ReplayToken
 from hunyuan_train.checkpoint.storage import (
     DAMAGED,
-    INCOMPLETE,
     Damage,
     DamagedCheckpointError,
-    FileRecord,
-    HashingWriter,
-    Manifest,
-    fsync_folder,
     list_steps,
     step_folder,
 )
+from hunyuan_train.checkpoint.verify import check_digests
+from hunyuan_train.checkpoint.writer_process import Answer
+from hunyuan_train.checkpoint.writing import CheckpointWriter, SaveJob, warn_not_saved
 
 log = logging.getLogger(__name__)
-
-# torch.save frames each tensor with about 1.2 KB; the metadata takes the rest.
-_BYTES_PER_TENSOR = 2048
-_BYTES_PER_CHECKPOINT = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,16 +51,25 @@ class Restored:
     """The checkpoint."""
 
 
-def _size(num_bytes: int) -> str:
-    if num_bytes < 2**30:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / 2**30:.1f} GiB"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveOutcome:
+    """What came of one ``save``."""
+
+    step: int
+    failure: str
+    """Why there is no such checkpoint; "" if it is on disk."""
+    stall_s: float
+    """Seconds training stood still for it, waiting for the one before included."""
+    seconds: float
+    """From the call until the outcome was known."""
 
 
 class CheckpointManager:
     """Writes and reads the checkpoints of one run; every rank holds one and calls the same methods.
 
     Without a process group it works alone. The folder has to be the same storage for all ranks.
+    After :meth:`start`, :meth:`save` only copies the state and a process beside each rank writes
+    it; ask :meth:`poll` once a step, and :meth:`finish` before the run ends.
     """
 
     def __init__(
@@ -94,11 +94,39 @@ class CheckpointManager:
         # Through JSON, so that enums and tuples compare equal to what is read back.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._ranks = Ranks(group)
+        self._writer = CheckpointWriter(self.folder, cfg, self._identity, self._ranks)
+        self._background: BackgroundSaver | None = None
+        self._cadence = Cadence(cfg, self._ranks)
+        self._replay = Replay(self.folder, cfg, self._ranks)
         self._last_saved = -1
+        self._begun: tuple[float, float] = (0.0, 0.0)
+        self._outcomes: list[SaveOutcome] = []
+
+    def start(self, tensors: NestedTensors | None = None) -> None:
+        """Start the writer process ahead of the first save; every rank calls it.
+
+        It returns at once. Without it, or with ``asynchronous=false``, saving waits for the disk.
+
+        Args:
+            tensors: What will be saved, so that memory for the copy is made ready meanwhile.
+
+        Raises:
+            ValueError: The writer processes of the ranks could not meet.
+        """
+        if not self._cfg.asynchronous or self._background is not None:
+            return
+        self._background = BackgroundSaver(self.folder, self._cfg, self._identity, self._ranks)
+        if tensors is not None:
+            self._background.reserve(flatten(tensors))
+
+    @property
+    def writer_pid(self) -> int | None:
+        """The writer process of this rank, None before :meth:`start`."""
+        return self._background.pid if self._background else None
 
     def due(self, step: int) -> bool:
-        """Return whether a checkpoint is due after ``step`` updates."""
-        return self._cfg.every_steps > 0 and step > 0 and step % self._cfg.every_steps == 0
+        """Return whether a checkpoint is due after ``step`` updates; every rank asks each step."""
+        return self._cadence.due(step)
 
     def saved(self) -> list[Path]:
         """Return the committed checkpoints, oldest first; their content is not checked."""
@@ -111,26 +139,34 @@ class CheckpointManager:
                 return path
         return None
 
-    def save(self, step: int, tensors: NestedTensors, extra: dict[str, Any]) -> bool:
+    def save(
+        self,
+        step: int,
+        tensors: NestedTensors,
+        extra: dict[str, Any],
+        *,
+        score: float | None = None,
+    ) -> bool:
         """Write a checkpoint and delete those that retention no longer keeps; every rank calls it.
 
-        If the storage fails on any rank (disk full, quota, I/O error) all ranks agree that the
-        checkpoint does not exist, its folder is removed, a warning says what is missing, and
-        training can go on.
+        After :meth:`start` it returns once the state is copied; if the one before is still being
+        written, it waits for that first. If the storage fails on any rank (disk full, quota, I/O
+        error), or a writer process dies, all ranks agree that the checkpoint does not exist, a
+        warning says why, and training can go on.
 
         Args:
             step: Updates done.
             tensors: Nested {section: {name: tensor}}, plain (equal on all ranks) or DTensor.
             extra: Plain JSON values; those of the first rank are stored.
+            score: Held-out loss, for ``keep_best``; lower is better.
 
         Returns:
-            Whether the checkpoint of ``step`` is on disk.
+            Whether the checkpoint of ``step`` is on disk or on its way there.
 
         Raises:
             ValueError: ``tensors`` holds something else than tensors, or ``extra`` is not JSON.
         """
-        if step == self._last_saved and step_folder(self.folder, step).is_dir():
-            return True
+        started = time.perf_counter()
         flat = flatten(tensors)
         try:
             json.dumps(extra)
@@ -138,128 +174,105 @@ class CheckpointManager:
             raise ValueError(
                 f"extra of the checkpoint of step {step} is not JSON: {error}"
             ) from error
-        target = step_folder(self.folder, step)
-        scratch = target.with_name(target.name + INCOMPLETE)
-        needed = (
-            sum(t.numel() * t.element_size() + _BYTES_PER_TENSOR for t in flat.values())
-            + _BYTES_PER_CHECKPOINT
-        )
-        failure = self._first_does(lambda: self._prepare(scratch, needed))
-        if failure is None:
-            failure = self._write(scratch, flat, step, extra)
-        if failure is None:
-            failure = self._first_does(lambda: self._commit(scratch, target))
-        if failure is not None:
-            self._report_failure(step, scratch, needed, failure)
-            return False
-        self._last_saved = step
-        if self._ranks.is_first:
-            log.info("saved checkpoint %s", target)
-            self._retain(step)
-        return True
+        self._settle(wait=True)
+        there = step == self._last_saved and step_folder(self.folder, step).is_dir()
+        if self._ranks.from_first(there):
+            return True
+        if score is not None and not math.isfinite(score):
+            score = None
+        job = SaveJob(step=step, flat=flat, extra=extra, score=score)
+        self._cadence.saved()
+        self._replay.begun(step)
+        if self._background is not None and self._background.begin(job):
+            self._begun = (started, time.perf_counter() - started)
+            return True
+        failure = self._writer.write(job)
+        self._begun = (started, time.perf_counter() - started)
+        self._end(step, failure)
+        return not failure
 
-    def _first_does(self, action: Callable[[], None]) -> OSError | None:
-        """Run ``action`` on the first rank and return its storage failure on every rank."""
-        failure: OSError | None = None
-        if self._ranks.is_first:
-            try:
-                action()
-            except OSError as error:
-                failure = error
-        return self._ranks.from_first(failure)
+    def poll(self) -> list[SaveOutcome]:
+        """Return what has become of earlier saves since the last call; never waits."""
+        self._settle(wait=False)
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
-    def _prepare(self, scratch: Path, needed: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"step-*{INCOMPLETE}"):
-            log.warning("removing %s: its save was cut off", leftover)
-            shutil.rmtree(leftover)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, "not enough free space, nothing was written")
-        scratch.mkdir()
+    def finish(self) -> list[SaveOutcome]:
+        """Wait until nothing is being written and return what :meth:`poll` would."""
+        self._settle(wait=True)
+        return self.poll()
 
-    def _write(
-        self, scratch: Path, flat: dict[str, Tensor], step: int, extra: dict[str, Any]
-    ) -> OSError | None:
-        """Write all files and the manifest; return the storage failure of any rank."""
-        writer = HashingWriter(scratch)
-        raised: CheckpointException | None = None
-        try:
-            with without_dist_warning():
-                save(
-                    flat,
-                    storage_writer=writer,
-                    planner=DefaultSavePlanner(
-                        flatten_state_dict=False, flatten_sharded_tensors=False
-                    ),
-                    process_group=self._ranks.group,
-                    no_dist=not self._ranks.active,
-                )
-        except CheckpointException as error:  # torch raises it on every rank if one fails.
-            raised = error
-        own = writer.error
-        if raised is not None and own is None:
-            own = next((e for e, _ in raised.failures.values() if isinstance(e, OSError)), None)
-        reports = self._ranks.gather((own, writer.records))
-        failure = next((error for error, _ in reports if error is not None), None)
-        if failure is None and raised is not None:
-            raise RuntimeError(f"saving {scratch} failed: {first_cause(raised)}") from raised
-        if failure is not None:
-            return failure
-        records: dict[str, FileRecord] = {}
-        for _, part in reports:
-            records.update(part)
-        manifest = Manifest(
-            step=step,
-            identity=self._identity,
-            extra=extra,
-            files=dict(sorted(records.items())),
-            world_size=self._ranks.world_size,
-        )
-        return self._first_does(lambda: manifest.write(scratch))
+    def close(self) -> None:
+        """Finish, and end the writer process."""
+        self._settle(wait=True)
+        if self._background is not None:
+            self._background.close()
+            self._background = None
 
-    def _commit(self, scratch: Path, target: Path) -> None:
-        fsync_folder(scratch)
-        replaced = target.with_name(target.name + DAMAGED)
-        if target.is_dir():
-            # A damaged one that could not be renamed, or a run that was told to start over.
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        scratch.rename(target)
-        fsync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def _report_failure(self, step: int, scratch: Path, needed: int, failure: OSError) -> None:
-        if not self._ranks.is_first:
+    def _settle(self, *, wait: bool) -> None:
+        """Take note of the outcome of the checkpoint on its way, if there is one."""
+        background = self._background
+        if background is None or background.step < 0:
             return
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            free = _size(shutil.disk_usage(self.folder).free)
-        except OSError as error:
-            free = f"unknown ({error})"
-        log.warning(
-            "CHECKPOINT OF STEP %d WAS NOT SAVED in %s: %s. It needs %s, free are %s. "
-            "Training goes on without it; make room before the next one.",
-            step,
-            self.folder,
-            failure,
-            _size(needed),
-            free,
+        step = background.step
+        answer = background.answer(wait=wait)
+        if answer is not None:
+            self._say(step, answer)
+            self._end(step, answer.failure)
+
+    def _say(self, step: int, answer: Answer) -> None:
+        for level, message in answer.said:
+            log.log(level, "%s", message)
+        if answer.usable or not answer.failure:
+            return
+        # The group of the writers is broken; a storage failure has been reported by the writer.
+        if self._ranks.is_first:
+            warn_not_saved(self.folder, step, answer.failure)
+        else:
+            log.warning("the checkpoint of step %d failed here: %s", step, answer.failure)
+
+    def _end(self, step: int, failure: str) -> None:
+        if not failure:
+            self._last_saved = step
+        self._replay.ended(step, saved=not failure)
+        started, stall = self._begun
+        self._outcomes.append(
+            SaveOutcome(
+                step=step,
+                failure=failure,
+                stall_s=stall,
+                seconds=time.perf_counter() - started,
+            )
         )
 
-    def _retain(self, step: int) -> None:
-        keep_last, keep_every = self._cfg.keep_last, self._cfg.keep_every
-        if keep_last == 0:
-            return
-        for old in [s for s in list_steps(self.folder) if s <= step][:-keep_last]:
-            if keep_every and old % keep_every == 0:
-                continue
-            try:
-                shutil.rmtree(step_folder(self.folder, old))
-            except OSError as error:
-                log.warning("cannot delete the old checkpoint of step %d: %s", old, error)
+    def replay_due(self, step: int) -> bool:
+        """Return whether the update that led to ``step`` is to be checked or recorded.
 
-    def restore(self, tensors: NestedTensors) -> Restored | None:
+        The caller then makes its token and gives it to :meth:`check_replay` and, with ``step - 1``,
+        to :meth:`record_replay`. Every rank gets the same answer.
+        """
+        return self._replay.due(step)
+
+    def record_replay(self, step: int, token: ReplayToken) -> None:
+        """Keep the update after ``step`` beside the checkpoint of ``step``.
+
+        It is written when the checkpoint is there, which may be later, and dropped if none was
+        begun or it failed.
+        """
+        self._replay.record(step, token, saved=step == self._last_saved)
+
+    def check_replay(self, token: ReplayToken) -> None:
+        """Compare the first update after a restore with what its checkpoint says it came to.
+
+        Every rank calls it. Without a token in the checkpoint, and after the first call, nothing
+        is compared.
+
+        Raises:
+            ValueError: Samples, loss or gradient norm differ; the message names both values.
+        """
+        self._replay.check(token)
+
+    def restore(self, tensors: NestedTensors, *, replay: bool = True) -> Restored | None:
         """Fill ``tensors`` in place from the newest good checkpoint; every rank calls it.
 
         Any number of ranks and any sharding can read any checkpoint. Damaged ones are named, passed
@@ -268,14 +281,18 @@ class CheckpointManager:
 
         Args:
             tensors: The same nested names as given to ``save``; values are bitwise those saved.
+            replay: Expect the next update to be the one that followed the save; not so if samples
+                have been taken out since.
 
         Returns:
             Step and counters, or None if the run has no checkpoint yet.
 
         Raises:
             ValueError: Every checkpoint is damaged; or the newest good one belongs to another
-                model; or names, shapes or types of its tensors differ from ``tensors``.
+                model; or names, shapes or types of its tensors differ from ``tensors``; or a tensor
+                does not have the digest it was saved with, on some rank.
         """
+        self._settle(wait=True)
         flat = flatten(tensors)
         damaged: dict[Path, list[Damage]] = {}
         for step in reversed(self._ranks.from_first(list_steps(self.folder))):
@@ -298,8 +315,11 @@ class CheckpointManager:
                     log.warning("skipping a checkpoint: %s", error)
                 continue
             self._ranks.gather(None)
+            if self._cfg.digests:
+                check_digests(path, flat, manifest.digests, self._ranks)
             self._set_aside(damaged)
             self._last_saved = step
+            self._replay.expect(step, wanted=replay)
             return Restored(step=manifest.step, extra=manifest.extra, folder=path)
         if damaged:
             found = "; ".join(f"{path.name}: {describe(d)}" for path, d in damaged.items())

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -37,6 +38,17 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a CPU tensor over the ranks in place and return it; int64 wraps around."""
+        if not self.active:
+            return values
+        if "cpu:" in str(dist.get_backend_config(self.group)):
+            dist.all_reduce(values, group=self.group)
+            return values
+        on_device = values.cuda()  # No CPU backend.
+        dist.all_reduce(on_device, group=self.group)
+        return values.copy_(on_device)
 
     def from_first(self, value: T) -> T:
         """Return the first rank's ``value`` on every rank."""

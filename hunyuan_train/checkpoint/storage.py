@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,7 +23,9 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"
 INCOMPLETE = ".incomplete"
 DAMAGED = ".damaged"
-_FORMAT = 1
+_FORMAT = 2
+_READABLE = (1, 2)
+"""Format 1 had neither digests nor a score."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -67,6 +69,10 @@ class Manifest:
     """Every other file of the folder, by name."""
     world_size: int
     """Ranks that wrote it, for information: any number can read it."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Digest of every whole tensor by flat name, the same in every layout; empty if not asked."""
+    score: float | None = None
+    """Held-out loss when it was written, for retention; lower is better."""
 
     def write(self, folder: Path) -> None:
         """Write and fsync the manifest of ``folder``."""
@@ -93,7 +99,7 @@ class Manifest:
             raise DamagedCheckpointError(f"{path} is not a manifest: {error}") from error
         if stored != hash_json(body):
             raise DamagedCheckpointError(f"{path} was changed: its own hash does not fit")
-        if body.pop("format") != _FORMAT:
+        if body.pop("format") not in _READABLE:
             raise ValueError(f"{path} was written by another version of hunyuan_train")
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
         return cls(files=files, **body)

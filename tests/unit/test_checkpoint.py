@@ -14,7 +14,7 @@ import torch
 from distributed import RankError, run_distributed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from hunyuan_train.checkpoint import manager as manager_module
+from hunyuan_train.checkpoint import writing as writing_module
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.digest import HashingStream
 from hunyuan_train.checkpoint.load import load_weights, read_manifest, restore_into
@@ -183,9 +183,19 @@ def test_if_none_is_good_all_are_listed_and_left_as_they_are(two_saved: Path, da
 
 def test_the_hash_check_can_be_left_out(two_saved: Path):
     _flip(_step(two_saved, 20))
-    restored = _manager(two_saved, verify_hashes=False).restore(_tensors())
+    restored = _manager(two_saved, verify_hashes=False, digests=False).restore(_tensors())
     assert restored is not None
     assert restored.step == 20
+
+
+def test_without_hashes_the_digest_still_names_the_tensor(two_saved: Path):
+    _flip(_step(two_saved, 20))
+    with pytest.raises(
+        ValueError,
+        match=r"step-00000020 was restored wrongly: 1 of 9 tensors do not have the digest they "
+        r"were saved with: \w+/\S+ in the files themselves; start again",
+    ):
+        _manager(two_saved, verify_hashes=False).restore(_tensors())
 
 
 def test_without_hashes_an_unreadable_file_is_still_passed_over(
@@ -258,7 +268,7 @@ def test_too_little_space_is_noticed_before_anything_is_written(
     two_saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     usage = shutil.disk_usage(two_saved)
-    monkeypatch.setattr(manager_module.shutil, "disk_usage", lambda path: usage._replace(free=9000))
+    monkeypatch.setattr(writing_module.shutil, "disk_usage", lambda path: usage._replace(free=9000))
     manager = _manager(two_saved)
     assert manager.save(30, _tensors(), {}) is False
     _assert_not_saved(two_saved, caplog, "not enough free space, nothing was written")
@@ -303,7 +313,7 @@ def test_a_disk_that_is_really_full(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     usage = shutil.disk_usage(small_disk)._replace(free=1 << 40)
-    monkeypatch.setattr(manager_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writing_module.shutil, "disk_usage", lambda path: usage)
     manager = _manager(small_disk)
     assert manager.save(1, _tensors(), {})
     assert manager.save(2, {"model": {"w": torch.ones(500_000)}}, {}) is False
