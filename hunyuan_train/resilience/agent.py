@@ -6,20 +6,19 @@ Free of torch, so that it runs within a second of the command.
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from hunyuan_train.resilience.crashes import (
     CRASH_FILE,
+    EXIT_PREEMPTED,
     Failure,
+    Kind,
     crash_path,
-    health_folder,
     read_failure,
 )
-from hunyuan_train.resilience.preemption_exit import EXIT_PREEMPTED
-from hunyuan_train.resilience.progress import last_step
+from hunyuan_train.resilience.heartbeat import beat_path, health_folder, read_beat
 from hunyuan_train.resilience.standby import Standby
 
 STOP_GRACE_S = 0.5
@@ -86,7 +85,7 @@ class Agent:
         self._run_dir, self._standby, self._out = run_dir, standby, out
         self._first = order.node * order.ranks
         self._hung: dict[int, str] = {}
-        self._stopped_at = self._asked_at = self._failed_at = 0.0
+        self._stopped_at = self._asked_at = self._failed_at = self._reminded_at = 0.0
         self._grace_s = STOP_GRACE_S
         self._asked: signal.Signals | None = None
         logs = run_dir / "logs" / f"attempt-{order.attempt}"
@@ -110,7 +109,7 @@ class Agent:
     @property
     def failed(self) -> bool:
         """Whether a rank failed, and those that may have made it fail had time to show."""
-        causes = [f for f in self.failures if f.kind != "peer"]
+        causes = [failure for failure in self.failures if failure.kind is not Kind.peer]
         settled = time.monotonic() - self._failed_at > _SETTLE_S
         return bool(causes) or (bool(self.failures) and (settled or self.ended))
 
@@ -137,7 +136,7 @@ class Agent:
         if self._asked is None:
             self._asked, self._grace_s = number, grace_s
             self._asked_at = time.monotonic()
-            self._remind(self._asked_at, first=True)
+            self._remind(self._asked_at)
 
     def stop(self) -> None:
         """End all ranks: their work since the last save is lost already."""
@@ -153,21 +152,24 @@ class Agent:
 
     def _failure(self, rank: int, code: int) -> Failure:
         attempt, node = self.order.attempt, self.order.node
-        step = last_step(self._run_dir, attempt, rank)
+        beat = read_beat(beat_path(self._run_dir, attempt, rank))
+        step = -1 if beat is None else beat.step
         if rank in self._hung:
             return Failure(
                 rank=rank, node=node, code=code, step=step, message=self._hung[rank], hung=True
             )
         return read_failure(self._run_dir, attempt, rank, node, code, step)
 
-    def _remind(self, now: float, first: bool = False) -> None:
+    def _remind(self, now: float) -> None:
         """Repeat requests, and kill what had its time."""
-        if self._stopped_at and now - self._stopped_at > STOP_GRACE_S:
-            self._signal(signal.SIGKILL, group=True)
-        elif self._asked is not None and not self._stopped_at:
+        if self._stopped_at:
+            if now - max(self._stopped_at, self._reminded_at) > STOP_GRACE_S:
+                self._reminded_at = now
+                self._signal(signal.SIGKILL, group=True)
+        elif self._asked is not None:
             if now - self._asked_at > self._grace_s:
                 self.stop()
-            elif first or now - self._reminded_at > _ASK_AGAIN_S:
+            elif now - self._reminded_at > _ASK_AGAIN_S:
                 self._reminded_at = now
                 self._signal(self._asked)
 
@@ -199,8 +201,3 @@ class _Tail:
             lines = whole.decode(errors="replace").splitlines()
             out.write("".join(f"{self._prefix}{line}\n" for line in lines))
             out.flush()
-
-
-def python_arguments(module: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the arguments with which Python runs a module."""
-    return ("-m", module, *arguments)

@@ -15,10 +15,14 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from hunyuan_train.resilience.heartbeat import health_folder
 from hunyuan_train.runtime.env import child_environment
 
 CRASH_FILE = "HUNYUAN_CRASH_FILE"
 """Variable in which the launcher tells a rank where to write its last exception."""
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that saved a checkpoint and ended on request."""
 
 EXIT_BAD_INPUT = 2
 """Exit code with which a verb says that its input cannot work."""
@@ -110,11 +114,6 @@ def signal_name(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
-
-
-def health_folder(run_dir: Path, attempt: int) -> Path:
-    """Return the folder of what the ranks of an attempt tell about themselves."""
-    return run_dir / "health" / f"attempt-{attempt}"
 
 
 def crash_path(run_dir: Path, attempt: int, rank: int) -> Path:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ from hunyuan_train.runtime.env import child_environment
 
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 1 << 18
+_RUNPY = runpy.run_module.__code__.co_filename
 
 
 class Standby:
@@ -45,15 +47,14 @@ class Standby:
         """Start the forking process; it imports ``preload`` while the agent goes on."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hunyuan_train.resilience.standby", str(theirs.fileno())]
-            + list(preload),
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), *preload],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
-            # Asking NVML instead of CUDA whether there is a GPU leaves CUDA untouched.
-            env=child_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"),
+            env=_environment(),
         )
         theirs.close()
-        self._socket.settimeout(5.0)
+        self._socket.setblocking(False)
+        self._unsent: deque[bytes] = deque()
         self.running: set[int] = set()
         """Keys of the ranks that were started and have not ended."""
         self.pids: dict[int, int] = {}
@@ -73,6 +74,7 @@ class Standby:
         If the forking process has died, the ranks went with it: they count as killed.
         """
         codes: dict[int, int] = {}
+        self._flush()
         while message := self._receive():
             if "pid" in message:
                 self.pids[message["key"]] = message["pid"]
@@ -98,15 +100,34 @@ class Standby:
             self._process.wait()
 
     def _send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a dead process shows in ended()
-            self._socket.send(json.dumps(message).encode())
+        self._unsent.append(json.dumps(message).encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what the other side takes now: it does not read while it imports."""
+        with contextlib.suppress(OSError):  # full; or dead, which shows in ended()
+            while self._unsent:
+                self._socket.send(self._unsent[0])
+                self._unsent.popleft()
 
     def _receive(self) -> dict[str, Any] | None:
         try:
-            data = self._socket.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            data = self._socket.recv(_MESSAGE_BYTES)
         except (BlockingIOError, ConnectionError):
             return None
         return json.loads(data) if data else None
+
+
+def _environment() -> dict[str, str]:
+    """Return ours, with the package found where the agent found it, whatever the folder we are in.
+
+    Asking NVML instead of CUDA whether there is a GPU leaves CUDA untouched.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    search = [package, child_environment().get("PYTHONPATH", "")]
+    return child_environment(
+        PYTHONPATH=os.pathsep.join(filter(None, search)), PYTORCH_NVML_BASED_CUDA_CHECK="1"
+    )
 
 
 def serve(connection: socket.socket, preload: Sequence[str]) -> None:
@@ -238,8 +259,12 @@ def _run(argv: list[str]) -> int:
     except SystemExit as end:
         code = _exit_code(end.code)
     except BaseException as error:
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename in (__file__, _RUNPY):
+            trace = trace.tb_next  # begin where the verb begins
+        error.__traceback__ = trace
         record_crash(error)
-        traceback.print_exc()
+        traceback.print_exception(error)
         code = 1
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()

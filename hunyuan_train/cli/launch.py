@@ -1,0 +1,34 @@
+"""``hunyuan-train launch VERB``: the ranks of a verb, kept going on this machine and on others."""
+
+import sys
+from collections.abc import Sequence
+
+from hunyuan_train.config.compose import compose_config
+from hunyuan_train.engine.launching import launch_verb
+from hunyuan_train.observability.logging import setup_logging
+
+VERBS = ("train", "curriculum", "train-vae", "precompute", "certify")
+USAGE = f"""\
+usage: hunyuan-train launch VERB [group=name] [section.field=value] ...
+
+verbs: {" ".join(VERBS)}
+Run the same command on every machine; launch.nodes and launch.ranks_per_node say how many there
+are. run.dir must be a folder that all of them see."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Keep a verb going; return 0 when it is done, 75 after a signal, 1 when it was given up.
+
+    Raises:
+        ValueError: for a config that cannot work, in one line per problem.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    verb, arguments = argv[0], argv[1:]
+    if verb not in VERBS:
+        print(f"hunyuan-train launch: {verb} is not one of {' '.join(VERBS)}", file=sys.stderr)
+        return 2
+    cfg = compose_config(arguments)
+    setup_logging(cfg.logging)
+    return launch_verb(verb, arguments, cfg)

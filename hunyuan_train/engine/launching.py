@@ -1,0 +1,59 @@
+"""From a config to a job that is kept going. Free of torch."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.resilience.health import preflight
+from hunyuan_train.resilience.layouts import Job, heads_fit, parse
+from hunyuan_train.resilience.supervisor import Launch, Supervisor
+
+OWN_SECTION = "launch."
+"""Fields for the launcher alone. They may differ between machines, so ranks do not get them."""
+
+
+def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
+    """Run a verb on the ranks that ``cfg.launch`` asks for until it ends; return its exit code.
+
+    Raises:
+        ValueError: a layout in ``launch.layouts`` that this model cannot take, or an address that
+            does not exist.
+    """
+    kept = [argument for argument in arguments if not argument.startswith(OWN_SECTION)]
+    run_dir = Path(cfg.run.dir)
+    return Supervisor(
+        Launch(
+            cfg=cfg.launch,
+            resilience=cfg.resilience,
+            job=job_of(cfg),
+            run_dir=run_dir,
+            argv=("-m", "hunyuan_train", verb, *kept),
+            preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}",),
+            preflight=partial(preflight, run_dir) if cfg.launch.preflight else None,
+            lease_s=getattr(cfg.launch, "lease_s", 10.0),
+        )
+    ).run()
+
+
+def job_of(cfg: RunConfig) -> Job:
+    """Return what a choice of layout needs to know, and check the layouts that are allowed.
+
+    Raises:
+        ValueError: naming the layout and what is wrong with it.
+    """
+    job = Job(
+        parallel=cfg.parallel,
+        world_size=cfg.launch.nodes * cfg.launch.ranks_per_node,
+        micro_steps=cfg.stage.micro_steps,
+        fixed_update=bool(cfg.data.global_samples or cfg.data.global_tokens),
+        num_heads=cfg.model.num_heads,
+    )
+    for text in cfg.launch.layouts:
+        layout = parse(text, cfg.parallel)
+        if not heads_fit(job, layout):
+            raise ValueError(
+                f"launch.layouts has {text!r}: tp * cp_ulysses = {layout.tp * layout.cp_ulysses} "
+                f"does not divide model.num_heads={cfg.model.num_heads}; remove it"
+            )
+    return job

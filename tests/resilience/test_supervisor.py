@@ -1,0 +1,292 @@
+"""The supervisor with fake ranks: restarts, crash loops, its own death, machines that go and come."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from fake_job import descendants, events, finish, launch, notes, poll, run, runs
+
+CRASH_ONCE = """
+note("argv", json.dumps([sys.argv, os.environ["MASTER_PORT"], world]))
+if attempt == 0:
+    if rank == 1:
+        {crash}
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("crash", "told"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
+        ("os.abort()", "was ended by SIGABRT"),
+        ("raise KeyError('boo')", "raised KeyError: 'boo'"),
+        ("os._exit(3)", "ended with exit code 3"),
+    ],
+)
+def test_any_death_of_a_rank_restarts_all_with_the_same_command(
+    tmp_path: Path, crash: str, told: str
+) -> None:
+    began = time.monotonic()
+    code, text = run(tmp_path, CRASH_ONCE.format(crash=crash), "ranks_per_node=3")
+    assert code == 0, text
+    assert f"rank 1 on node 0 {told}" in text
+    seen = notes(tmp_path, "argv")
+    assert sorted(seen) == [(attempt, rank) for attempt in (0, 1) for rank in range(3)]
+    first, second = (
+        {tuple(map(str, eval(seen[attempt, rank]))) for rank in range(3)} for attempt in (0, 1)
+    )
+    assert len(first) == len(second) == 1, "all ranks of an attempt meet at the same place"
+    (argv, port, world), (again, other_port, same_world) = *first, *second
+    assert (argv, world) == (again, same_world)
+    assert port != other_port, "a port of its own for every attempt"
+    (end, _) = events(tmp_path, "attempt_end")
+    assert len(end["failures"]) == 1
+    assert time.monotonic() - began < 20
+
+
+def test_output_is_shown_with_the_rank_and_kept_per_rank_and_attempt(tmp_path: Path) -> None:
+    body = "print('here', rank, attempt)\nif attempt == 0 and rank == 1: os._exit(1)"
+    code, text = run(tmp_path, body, "ranks_per_node=2")
+    assert code == 0
+    assert "[1] here 1 1" in text
+    for attempt in (0, 1):
+        log = tmp_path / "logs" / f"attempt-{attempt}" / "rank-1.log"
+        assert log.read_text() == f"here 1 {attempt}\n"
+
+
+def test_the_same_exception_at_the_same_step_twice_is_called_an_error_of_the_code(
+    tmp_path: Path,
+) -> None:
+    body = "if rank == 0: raise ValueError(f'at {object()}: bad width')\ntime.sleep(100)"
+    code, text = run(tmp_path, body, "ranks_per_node=2")
+    assert code == 1
+    assert len(events(tmp_path, "attempt_start")) == 2
+    (stop,) = events(tmp_path, "stop")
+    assert "second time, so it is an error of the code or the data" in stop["why"]
+    assert "bad width" in stop["why"].splitlines()[-1]
+
+
+def test_exceptions_of_different_ranks_and_signals_are_restarted_until_the_limit(
+    tmp_path: Path,
+) -> None:
+    body = "if rank == attempt % 2: raise ValueError(f'{attempt}')\ntime.sleep(100)"
+    fields = ("ranks_per_node=2", "max_restarts=3", "backoff_s=0.01")
+    code, _ = run(tmp_path / "exceptions", body, *fields)
+    assert code == 1
+    (stop,) = events(tmp_path / "exceptions", "stop")
+    assert "launch.max_restarts=3 restarts are used up" in stop["why"]
+    assert len(events(tmp_path / "exceptions", "attempt_start")) == 4
+
+    body = "os.kill(os.getpid(), signal.SIGKILL)"
+    code, _ = run(tmp_path / "signals", body, *fields)
+    assert code == 1
+    assert len(events(tmp_path / "signals", "attempt_start")) == 4
+
+
+def test_ranks_that_only_lost_a_peer_are_not_blamed(tmp_path: Path) -> None:
+    body = """
+if attempt == 0:
+    if rank == 0:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    time.sleep(0.2)
+    raise KeyError("the cause")
+"""
+    code, _ = run(tmp_path, body, "ranks_per_node=2")
+    assert code == 0
+    assert events(tmp_path, "attempt_end")[0]["failures"] == [
+        "rank 1 on node 0 raised KeyError: 'the cause'"
+    ]
+
+
+def test_a_signal_reaches_the_ranks_and_75_ends_the_job(tmp_path: Path) -> None:
+    process = launch(tmp_path, "serve_until_asked()", "ranks_per_node=2")
+    poll(lambda: len(notes(tmp_path, "up")) == 2, "two ranks")
+    process.send_signal(signal.SIGTERM)
+    code, text = finish(process)
+    assert code == 75, text
+    assert len(events(tmp_path, "attempt_start")) == 1
+    # The next start is a job of its own, with attempts that go on counting.
+    process = launch(tmp_path, "serve_until_asked()", "ranks_per_node=2")
+    poll(lambda: (1, 1) in notes(tmp_path, "up"), "the second job")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+
+
+def test_a_rank_that_is_asked_before_it_listens_is_asked_again(tmp_path: Path) -> None:
+    body = "note('early')\ntime.sleep(1.5)\nserve_until_asked()"
+    process = launch(tmp_path, body)
+    poll(lambda: notes(tmp_path, "early"), "the rank")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+
+
+def test_killed_supervisor_leaves_no_process_and_goes_on_when_started_again(
+    tmp_path: Path,
+) -> None:
+    body = """
+import subprocess
+child = subprocess.Popen(["sleep", "300"])
+note("child", child.pid)
+note("up")
+time.sleep(300 if attempt == 0 else 0)
+"""
+    process = launch(tmp_path, body, "ranks_per_node=2")
+    poll(lambda: len(notes(tmp_path, "up")) == 2, "two ranks")
+    tree = descendants(process.pid)
+    assert len(tree) >= 5, "the forking process, two ranks and a child of each"
+    process.kill()
+    process.wait()
+    poll(lambda: not any(map(runs, tree)), "the end of the whole tree", 5)
+    code, text = run(tmp_path, "", "ranks_per_node=2", timeout_s=30)
+    assert code == 0, text
+    assert {attempt for attempt, _ in notes(tmp_path, "up")} == {0, 1}
+
+
+def test_ranks_end_with_the_process_that_forked_them_and_the_job_goes_on(tmp_path: Path) -> None:
+    body = "note('parent', os.getppid())\nnote('up')\ntime.sleep(300 if attempt == 0 else 0)"
+    process = launch(tmp_path, body, "ranks_per_node=2")
+    poll(lambda: len(notes(tmp_path, "up")) == 2, "two ranks")
+    pids = [int(pid) for pid in notes(tmp_path, "up").values()]
+    os.kill(int(notes(tmp_path, "parent")[0, 0]), signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 0, text
+    assert not any(map(runs, pids))
+
+
+NODES = """
+note("up", f"{os.getpid()} {node} {world}")
+if not (run_dir / "finish").exists():
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    wait_for(lambda: asked or (run_dir / "finish").exists(), 120)
+    if asked:
+        sys.exit(75)
+"""
+TWO = ("nodes=2", "ranks_per_node=2")
+
+
+def ranks_up(run_dir: Path, attempt: int, count: int) -> None:
+    poll(lambda: len([k for k in notes(run_dir, "up") if k[0] == attempt]) == count,
+         f"{count} ranks in attempt {attempt}")  # fmt: skip
+
+
+def kill_node(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+def end_all(run_dir: Path, *processes: subprocess.Popen[str]) -> None:
+    (run_dir / "finish").touch()
+    for process in processes:
+        code, text = finish(process)
+        assert code == 0, text
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_spare_takes_the_place_of_a_lost_node_also_of_the_one_that_led(
+    tmp_path: Path, victim: int
+) -> None:
+    fields = (*TWO, "spares=1")
+    nodes = [launch(tmp_path, NODES, *fields)]
+    poll((tmp_path / "launch/members/000001.json").exists, "the first node")
+    nodes += [launch(tmp_path, NODES, *fields) for _ in range(2)]
+    ranks_up(tmp_path, 0, 4)
+    poll((tmp_path / "launch/members/000003.json").exists, "the spare")
+    planned = (tmp_path / "launch/plan-0.json").read_text()
+    tickets = eval(planned.replace("null", "None"))["tickets"]
+    by_pid = {process.pid: process for process in nodes}
+    kill_node(by_pid.pop(member_pid(tmp_path, tickets[victim])))
+    ranks_up(tmp_path, 1, 4)
+    (replaced,) = events(tmp_path, "replaced")
+    assert replaced["node"] == victim
+    up = notes(tmp_path, "up")
+    assert {up[1, rank].split()[1:] == [str(rank // 2), "4"] for rank in range(4)} == {True}
+    end_all(tmp_path, *by_pid.values())
+
+
+def member_pid(run_dir: Path, ticket: int) -> int:
+    import json
+
+    return json.loads((run_dir / f"launch/members/{ticket:06d}.json").read_text())["pid"]
+
+
+def test_without_a_spare_the_job_shrinks_and_grows_when_the_node_returns(tmp_path: Path) -> None:
+    fields = (*TWO, "min_nodes=1")
+    first = launch(tmp_path, NODES, *fields)
+    poll((tmp_path / "launch/members/000001.json").exists, "the first node")
+    second = launch(tmp_path, NODES, *fields)
+    ranks_up(tmp_path, 0, 4)
+    kill_node(second)
+    ranks_up(tmp_path, 1, 2)
+    assert [e["nodes"] for e in events(tmp_path, "shrink")] == [1]
+    again = launch(tmp_path, NODES, *fields)
+    ranks_up(tmp_path, 2, 4)
+    assert [e["nodes"] for e in events(tmp_path, "grow")] == [2]
+    assert not events(tmp_path, "stop"), "the 75 of a grown job does not end it"
+    end_all(tmp_path, first, again)
+
+
+def test_two_nodes_lost_at_once_and_both_back(tmp_path: Path) -> None:
+    fields = ("nodes=3", "ranks_per_node=1")
+    nodes = [launch(tmp_path, NODES, *fields) for _ in range(3)]
+    ranks_up(tmp_path, 0, 3)
+    for process in nodes[:2]:
+        process.kill()
+    for process in nodes[:2]:
+        process.wait()
+    back = [launch(tmp_path, NODES, *fields) for _ in range(2)]
+    ranks_up(tmp_path, 1, 3)
+    end_all(tmp_path, nodes[2], *back)
+
+
+def test_a_node_that_fails_again_and_again_is_excluded_when_a_spare_is_there(
+    tmp_path: Path,
+) -> None:
+    body = """
+note("up", f"{os.getpid()} {node} {world}")
+bad = run_dir / "bad"
+wait_for(lambda: bad.exists())
+if os.getppid() in [int(p) for p in bad.read_text().split()]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+serve_until_asked() if attempt < 2 else None
+"""
+    fields = ("nodes=2", "ranks_per_node=1", "spares=1", "backoff_s=0.01")
+    nodes = [launch(tmp_path, body, *fields) for _ in range(3)]
+    ranks_up(tmp_path, 0, 2)
+    poll((tmp_path / "launch/members/000003.json").exists, "the spare")
+    victim = int(notes(tmp_path, "up")[0, 1].split()[0])
+    parent = Path(f"/proc/{victim}/stat").read_text().rpartition(")")[2].split()[1]
+    (tmp_path / "bad.new").write_text(parent)
+    (tmp_path / "bad.new").replace(tmp_path / "bad")
+    for process in nodes:
+        assert finish(process)[0] == 0
+    (excluded,) = events(tmp_path, "excluded")
+    assert "SIGSEGV" in excluded["why"]
+    assert [e["node"] for e in events(tmp_path, "replaced")] == [1]
+    assert len(events(tmp_path, "attempt_start")) == 3
+
+
+def test_a_preempted_node_ends_the_job_on_all_with_75(tmp_path: Path) -> None:
+    body = NODES.replace("if asked:", "(run_dir / 'agreed').touch()\n    if True:").replace(
+        "wait_for(lambda: asked", "wait_for(lambda: asked or (run_dir / 'agreed').exists()"
+    )
+    nodes = [launch(tmp_path, body, *TWO) for _ in range(2)]
+    ranks_up(tmp_path, 0, 4)
+    nodes[1].send_signal(signal.SIGTERM)
+    assert [finish(process)[0] for process in nodes] == [75, 75]
+
+
+def test_ports_are_free_and_outside_the_range_of_the_kernel() -> None:
+    from hunyuan_train.resilience.board import free_port
+
+    port = free_port(3)
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert port < low
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        assert free_port(3) != port
