@@ -147,7 +147,7 @@ def serve(connection: socket.socket, preload: Sequence[str]) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the agent decides
-    with selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector, contextlib.suppress(ConnectionError):
         selector.register(connection, selectors.EVENT_READ)
         selector.register(wake, selectors.EVENT_READ)
         while os.getppid() == agent:

@@ -48,6 +48,9 @@ TICK_S = 0.03
 _SCAN_S = 0.1
 _SCAN_PER_MEMBER_S = 0.02
 """Keeps the reads of all agents together below some thousand a second at 128 machines."""
+_VERDICT_S = 3.0
+"""Wait, once asked to end, for the others to end and the leader to say that the job is over."""
+
 _PATIENCE_S = 300.0
 """Wait for missing machines before the first attempt of a job that may also run on fewer."""
 
@@ -87,7 +90,7 @@ class Supervisor:
         self._told = ""
         self._ended = -1  # the last attempt whose end this leader has told
         self._begin_at: dict[int, float] = {}
-        self._next_beat = self._next_scan = self._next_check = 0.0
+        self._next_beat = self._next_scan = self._next_check = self._leave_at = 0.0
 
     def run(self) -> int:
         """Take part until the job is over.
@@ -133,11 +136,18 @@ class Supervisor:
                 level = logging.INFO if over[-1]["code"] == 0 else logging.ERROR
                 log.log(level, "%s", over[-1]["why"])
                 return over[-1]["code"]
-            if self._signals and self._agent is None:
-                return EXIT_PREEMPTED
             if self._board.leads and not over:
                 self._lead(now)
+            if self._signals and self._agent is None and not over and self._may_leave(now):
+                return EXIT_PREEMPTED
             time.sleep(TICK_S)
+
+    def _may_leave(self, now: float) -> bool:
+        """Whether a machine that was asked to end need not wait for the verdict on the job."""
+        last = self._last()
+        self._leave_at = self._leave_at or now + _VERDICT_S
+        spare = last is None or self._board.me.ticket not in last.plan.tickets
+        return spare or now > self._leave_at
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -309,6 +319,8 @@ class Supervisor:
     def _begin(self, decision: Begin, last: Attempt | None, now: float) -> None:
         """Write the next plan once its delay is over, and tell what is new about it."""
         plan, board = decision.plan, self._board
+        if self._signals:
+            return
         if plan.attempt not in self._begin_at:
             self._tell_end(last)
             if decision.delay_s:
