@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from hunyuan_train.data.blobs import Blobs
+from hunyuan_train.data.blobs import Blobs, read_whole
 from hunyuan_train.data.index import FILES, FIX, HEADER, Index, digest_of_header
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def copy_index(blobs: Blobs, name: str, folder: Path) -> Path:
 
 def _copy(blobs: Blobs, name: str, target: Path) -> None:
     header = f"{name}/{HEADER}"
-    text = b"".join(blobs.pieces(header, 0, blobs.size(header))).decode(errors="replace")
+    text = read_whole(blobs, header).decode(errors="replace")
     if digest_of_header(text) != name:
         raise ValueError(f"{blobs.where(header)} is damaged; {FIX}")
     files = json.loads(text)["files"]

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hunyuan_train.data.blobs import Blobs, open_blobs
+from hunyuan_train.data.blobs import Blobs, open_blobs, read_whole
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import FIX, FORMAT, Blob, Index
 from hunyuan_train.data.index_cache import cache_folder, copy_index
@@ -213,7 +213,7 @@ def shard_file(name: str) -> str:
 def _read_meta(blobs: Blobs) -> StoreMeta:
     path = blobs.where(META)
     try:
-        raw = json.loads(b"".join(blobs.pieces(META, 0, blobs.size(META))))
+        raw = json.loads(read_whole(blobs, META))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: no latent store there; {FIX}") from error
     except OSError as error:
