@@ -15,6 +15,9 @@ from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.quarantine import SampleError
 from hunyuan_train.data.store import SampleStore
 
+_MOST_READY = 8
+"""Updates that may wait to be taken."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoadedUnit:
@@ -64,7 +67,8 @@ class StepReader:
     """Loads the updates of one rank ahead of training, in the order of the plan.
 
     What waits is bounded by ``data.prefetch_gib``, decoded clips included, but for one unit at a
-    time until one update is complete: training never waits for memory that it holds itself.
+    time until one update is complete: training never waits for memory that it holds itself. More
+    than a few updates are never ahead, so that small ones do not keep the machine busy for minutes.
 
     Args:
         stores: The stores of the planner's cells.
@@ -97,6 +101,7 @@ class StepReader:
         self._stopped = False
         self.queued_bytes = 0
         """Memory of what is loaded or being loaded, and not taken yet."""
+        self._most_flights = 2 * cfg.workers
         self.fetcher = Fetcher(stores, cfg)
         self._thread = threading.Thread(target=self._run, name="data-reader", daemon=True)
         self._thread.start()
@@ -165,7 +170,8 @@ class StepReader:
                     upcoming = next(coming)
                 except Exception as error:
                     end = error
-            if upcoming is not None and self._room(upcoming, idle=not flights):
+            few = len(flights) < self._most_flights
+            if upcoming is not None and few and self._room(upcoming, idle=not flights):
                 flights.append(self._launch(upcoming))
                 upcoming = None
             elif flights:
@@ -196,6 +202,8 @@ class StepReader:
 
     def _room(self, planned: _Planned, *, idle: bool) -> bool:
         with self._changed:
+            if len(self._ready) >= _MOST_READY:
+                return False
             needed = planned.batch_bytes + planned.raw_bytes
             if self.queued_bytes + needed > self._limit and not (idle and not self._ready):
                 return False
