@@ -6,10 +6,11 @@ and once with `random`, where every rank draws a random bucket with its largest 
 same work per rank and update, as near as whole micro-batches allow. Costs are the predicted FLOPs
 of the 13B model, with 256 text tokens. The figures per stage are means over the steps:
 
-    balance    average over largest cost of a rank
-    lockstep   the same where all ranks wait for each other after every micro-batch
-    mixture    largest relative deviation from the configured shares of media, anchors and sources
-    plan_ms    median CPU time of drawing a step and sharing it out, one thread
+    balance      average over largest cost of a rank
+    lockstep     the same where all ranks wait for each other after every micro-batch
+    mixture      largest relative deviation from the configured shares of media, anchors and sources
+    random_work  work per rank and update of `random`, over that of `balanced`
+    plan_ms      median CPU time of drawing a step and sharing it out, one thread
 
     python benchmarks/balance.py
     python benchmarks/balance.py --quick
@@ -171,6 +172,7 @@ def measure(setup: Setup, policy: Policy, ranks: int, rounds: int, steps: int) -
     """Draw ``steps`` updates and return their figures."""
     planner = setup.planner(policy, ranks, rounds)
     drawn = np.zeros(len(setup.cells))
+    costs = np.array(setup.costs)
     balance, lockstep, seconds = [], [], []
     for _ in range(steps):
         began = time.thread_time()
@@ -183,6 +185,7 @@ def measure(setup: Setup, policy: Policy, ranks: int, rounds: int, steps: int) -
         drawn += np.bincount(plan.table.cell, plan.table.count, len(drawn))
     return {
         "rounds": rounds,
+        "work": float((drawn * costs).sum() / steps / ranks),
         "balance": statistics.mean(balance),
         "lockstep": statistics.mean(lockstep),
         "mixture": setup.mixture_error(planner, drawn),
@@ -209,7 +212,8 @@ def stage_figures(stage: Stage, steps: int) -> dict[str, dict[str, object]]:
             asked += f", plan_ms <= {PLAN_TARGET_MS}"
         figures[f"{stage.name}_{ranks}"] = {
             "value": even["balance"],
-            **{name: value for name, value in even.items() if name != "balance"},
+            **{name: value for name, value in even.items() if name not in ("balance", "work")},
+            "random_work": random["work"] / even["work"],
             **{f"random_{name}": random[name] for name in ("rounds", "balance", "lockstep")},
             "target": asked,
             "holds": all(held),
@@ -219,7 +223,7 @@ def stage_figures(stage: Stage, steps: int) -> dict[str, dict[str, object]]:
             f"lockstep {even['lockstep']:.4f} (random {random['balance']:.4f} "
             f"{random['lockstep']:.4f}), mixture off by {even['mixture']:.4%}, "
             f"{even['plan_ms']:.2f} ms, {even['state_bytes']:.0f} bytes, "
-            f"{rounds} and {random_rounds} rounds",
+            f"{rounds} and {random_rounds} rounds, work {random['work'] / even['work']:.2f}",
             flush=True,
         )
     return figures

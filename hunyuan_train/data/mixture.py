@@ -99,6 +99,13 @@ def shares(cells: Sequence[Cell], cfg: DataConfig) -> np.ndarray:
     Raises:
         ValueError: A share is asked of something without samples, or the shares exclude each other.
     """
+    order = sorted(range(len(cells)), key=lambda number: cells[number].name)
+    result = np.empty(len(cells))
+    result[order] = _raked([cells[number] for number in order], cfg)
+    return result
+
+
+def _raked(cells: Sequence[Cell], cfg: DataConfig) -> np.ndarray:
     natural = np.array([cell.draws for cell in cells], np.float64)
     natural /= natural.sum()
     margins = [

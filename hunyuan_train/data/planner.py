@@ -193,11 +193,10 @@ class StepPlanner:
         epochs = {name: source.epochs for name, source in cfg.sources.items()}
         self._streams = Streams(cells, batches, self._seed, cfg.shuffle, epochs)
         streams = self._streams
-        classes = len(streams.names)
-        self._wanted = np.bincount(streams.class_of, self.shares, classes)
+        self._wanted = streams.sums(self.shares)
         self._per_unit = streams.samples / streams.units
-        tokens = np.bincount(streams.class_of, [c.draws * c.bucket.tokens for c in cells], classes)
-        self._tokens_per_unit = tokens / streams.units
+        draws = np.array([cell.draws for cell in cells])
+        self._tokens_per_unit = streams.sums(draws * self._tokens) / streams.units
         self._tier, self._members = group_tiers(streams.weighted_cost(self._costs))
         self._live = np.zeros(0, bool)
 

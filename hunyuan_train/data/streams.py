@@ -5,6 +5,7 @@ its cells occurs exactly ``repeat`` times: the passes over a cell, each in its o
 cut into units one after the other, and the units of all cells follow in a keyed order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -43,7 +44,7 @@ def unit_sizes(
     sizes = [1] * len(cells)
     for numbers in members.values():
         draws = sum(cells[number].draws for number in numbers)
-        mean = sum(cells[number].draws * costs[number] for number in numbers) / draws
+        mean = math.fsum(cells[number].draws * costs[number] for number in numbers) / draws
         largest = min(batches[number] * costs[number] for number in numbers)
         target = mean * max(1, min(round(goal / mean), round(largest / mean)))
         for number in numbers:
@@ -99,7 +100,7 @@ class Streams:
         self._draws = np.array([cells[n].draws for n in order], np.int64)
         self.class_of = np.array([numbers[class_name(cell)] for cell in cells], np.int64)
         in_cell = -(-self._draws // self._size)
-        owner = self.class_of[self._cell]
+        owner = self._owner = self.class_of[self._cell]
         self._ends = np.cumsum(in_cell)
         self._begins = self._ends - in_cell
         classes = len(self.names)
@@ -115,17 +116,21 @@ class Streams:
         self._key = np.array([text_key(seed, "unit order", n) for n in self.names], np.uint64)
         self._shuffle = shuffle
 
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of a number per cell over each class; float64 [classes]."""
+        return np.bincount(self._owner, values[self._cell], len(self.names))
+
     def weighted_cost(self, costs: np.ndarray) -> np.ndarray:
         """Return the mean cost of each class's units, weighted by cost; float64 [classes].
 
         The weight makes it the cost of a full unit where there are enough samples for them.
         """
         full, rest = np.divmod(self._draws, self._size)
-        cost, owner = costs[self._cell], self.class_of[self._cell]
+        cost = costs[self._cell]
         square = cost**2 * (full * self._size**2 + rest**2)
         plain = cost * self._draws
         classes = len(self.names)
-        return np.bincount(owner, square, classes) / np.bincount(owner, plain, classes)
+        return np.bincount(self._owner, square, classes) / np.bincount(self._owner, plain, classes)
 
     def start(self) -> Place:
         """Return the beginning of all streams."""
