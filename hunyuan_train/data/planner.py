@@ -145,7 +145,7 @@ class StepPlanner:
             "offset": {str(number): int(self._place.offset[number]) for number in cut},
             "credit": self._credit.tolist(),
             "carry": self._carry,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class StepPlanner:
         """
         planned = self._ranks
         self._lay_out(int(state["planned_ranks"]))
-        then, now = state["fingerprint"], self._fingerprint()
+        then, now = state["fingerprint"], self._fingerprint
         differing = [
             f"{name} {then.get(name)} then, {now[name]} now"
             for name in now
@@ -199,6 +199,7 @@ class StepPlanner:
         self._tokens_per_unit = streams.sums(draws * self._tokens) / streams.units
         self._tier, self._members = group_tiers(streams.weighted_cost(self._costs))
         self._live = np.zeros(0, bool)
+        self._fingerprint = self._identity()
 
     def _retire(self) -> None:
         """Share out what ended classes leave, whenever one has ended."""
@@ -324,7 +325,7 @@ class StepPlanner:
         self._step += 1
         return StepPlan(table, self._costs, in_turn=self._cfg.policy is Policy.random)
 
-    def _fingerprint(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, str]:
         """Return what the meaning of the state depends on, in words."""
         order = sorted(range(len(self.cells)), key=lambda number: self.cells[number].name)
         cells = [f"{self.cells[n].name} {self.cells[n].count}" for n in order]

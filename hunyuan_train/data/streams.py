@@ -20,8 +20,8 @@ ENDLESS = 2**62
 
 
 def class_name(cell: Cell) -> str:
-    """Name the class of a cell."""
-    return f"{cell.source}/{cell.concept}/{cell.bucket.frames}@{cell.anchor}"
+    """Name the class of a cell; names of sources and concepts may contain any visible sign."""
+    return "\x1f".join([cell.source, cell.concept, f"{cell.bucket.frames}@{cell.anchor}"])
 
 
 def unit_sizes(
@@ -90,17 +90,15 @@ class Streams:
         shuffle: bool,
         epochs: dict[str, int],
     ) -> None:
-        order = sorted(
-            range(len(cells)), key=lambda n: (class_name(cells[n]), cells[n].first, cells[n].name)
-        )
-        self.names = sorted({class_name(cell) for cell in cells})
+        names = [class_name(cell) for cell in cells]
+        order = sorted(range(len(cells)), key=lambda n: (names[n], cells[n].first, cells[n].name))
+        self.names = sorted(set(names))
         numbers = {name: number for number, name in enumerate(self.names)}
         self._cell = np.array(order, np.int64)
         self._size = np.array([sizes[n] for n in order], np.int64)
         self._draws = np.array([cells[n].draws for n in order], np.int64)
-        self.class_of = np.array([numbers[class_name(cell)] for cell in cells], np.int64)
         in_cell = -(-self._draws // self._size)
-        owner = self._owner = self.class_of[self._cell]
+        owner = self._owner = np.array([numbers[names[n]] for n in order], np.int64)
         self._ends = np.cumsum(in_cell)
         self._begins = self._ends - in_cell
         classes = len(self.names)
@@ -109,8 +107,8 @@ class Streams:
         self.samples = np.zeros(classes, np.int64)
         np.add.at(self.samples, owner, self._draws)
         self._base = np.cumsum(self.units) - self.units
-        sources = {numbers[class_name(cell)]: cell.source for cell in cells}
-        self.source = [sources[number] for number in range(classes)]
+        sources = {name: cell.source for name, cell in zip(names, cells, strict=True)}
+        self.source = [sources[name] for name in self.names]
         limits = [epochs.get(source, 0) for source in self.source]
         self.limit = np.where(limits, np.array(limits) * self.units, ENDLESS).astype(np.int64)
         self._key = np.array([text_key(seed, "unit order", n) for n in self.names], np.uint64)
