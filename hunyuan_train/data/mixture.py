@@ -162,10 +162,11 @@ def _asked(
         )
     total = sum(weights[name] for name in sorted(weights))
     fractions = {name: weight / total for name, weight in weights.items()} if total else {}
+    anchors = {str(anchor): share for anchor, share in cfg.anchor_shares.items()}
     return [
         ("data.sources weights", [cell.source for cell in cells], fractions),
         ("data.media_shares", [cell.media for cell in cells], cfg.media_shares),
-        ("data.anchor_shares", [str(cell.anchor) for cell in cells], cfg.anchor_shares),
+        ("data.anchor_shares", [str(cell.anchor) for cell in cells], anchors),
         ("data.concept_shares", [cell.concept for cell in cells], cfg.concept_shares),
     ]
 

@@ -164,7 +164,7 @@ def build_planner(
         [largest_batch(cell.bucket, tokens, cfg.data) for cell in cells],
         cfg.data,
         cfg.run.seed,
-        ranks,
+        cfg.data.planned_ranks or ranks,
         cfg.stage.micro_steps,
     )
 

@@ -130,7 +130,7 @@ def precompute(
     if not cfg.latents:
         raise ValueError("data.latents is empty; set it to a folder for the latent store")
     started = time.monotonic()
-    listing = list_sources(cfg.source)
+    listing = list_sources(cfg.source, cfg.caption_variants, cfg.field_drop)
     worker = Worker(cfg, vae, text)
     report = progress or (_Reporter() if process == 0 else None)
 
