@@ -139,6 +139,7 @@ def _probe_all(sources: list[Source], path: Path, cfg: DataConfig) -> dict[str, 
             pending.append((source, stamp))
     if not pending:
         return probes
+    write_lines(path, list(known.values()))  # whole lines, whatever a killed process left
     with path.open("a", encoding="utf-8") as file:
         for stamp, probe in _probed(pending, cfg):
             probes[stamp["file"]] = probe
