@@ -129,6 +129,14 @@ def test_without_shuffle_samples_come_in_the_order_of_the_index() -> None:
     assert again != shuffled
 
 
+def test_every_epoch_has_its_own_order_of_units() -> None:
+    drawn = planner([IMAGES, WIDE], ranks=1)
+    units = [drawn.next_step().units[0] for _ in range(3 * 17)]  # 17 units make an epoch
+    orders = {tuple((u.cell, u.start) for u in units[at : at + 17]) for at in (0, 17, 34)}
+    assert len(orders) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
 def test_repeats_are_passes_with_their_own_order_and_keyed_epoch() -> None:
     drawn = planner([cell("1x256x256", 5, 10, repeat=3)], batch=4, ranks=1)
     rows: list[tuple[int, int]] = []
