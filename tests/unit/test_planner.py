@@ -240,7 +240,7 @@ def test_tokens_below_one_sample_are_refused() -> None:
 def test_a_state_of_other_data_names_what_differs(changes: dict, named: str) -> None:
     then = planner([IMAGES, CLIPS])
     then.next_step()
-    now = planner(**{"cells": [IMAGES, CLIPS], **changes})
+    now = planner(**{"cells": [IMAGES, CLIPS], "ranks": 2, **changes})
     before = now.state_dict()
     with pytest.raises(ValueError, match=named) as error:
         now.load_state_dict(json.loads(json.dumps(then.state_dict())))
