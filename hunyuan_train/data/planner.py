@@ -210,8 +210,7 @@ class StepPlanner:
         self._share = np.where(live, self._wanted, 0.0)
         if live.any():
             self._share /= self._share.sum()
-        left = self._credit[~live].sum()
-        self._credit = np.where(live, self._credit, 0.0) + left * self._share
+        self._credit = np.where(live, self._credit, 0.0)
         tiers = len(self._members)
         rate = self._share / self._per_unit
         units = np.bincount(self._tier, rate, tiers)

@@ -123,6 +123,24 @@ def test_feasible_marginals_are_met(data: st.DataObject) -> None:
         assert sums(cells, found, attribute) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_shares_that_leave_something_out_are_met_closely() -> None:
+    """All clips are in one source; its share is that of the clips, so its images go out."""
+    stores = [
+        store("wide", group("1x256x256", 0, 60)),
+        store("fine", group("17x256x256", 0, 20), group("1x256x256", 20, 40)),
+    ]
+    cells = cells_of(stores, DataConfig())
+    cfg = DataConfig(
+        media_shares={"image": 0.3, "video": 0.7},
+        sources={
+            "wide": SourceConfig(latents="w", weight=3), "fine": SourceConfig(latents="f", weight=7)
+        },
+    )  # fmt: skip
+    found = shares(cells, cfg)
+    assert sums(cells, found, "media") == pytest.approx({"image": 0.3, "video": 0.7}, rel=2e-3)
+    assert found[1] < 1e-3
+
+
 def test_a_share_of_zero_leaves_out_and_one_is_everything() -> None:
     cells = cells_of(two_stores(), DataConfig())
     for asked in ({"image": 0.0, "video": 1.0}, {"video": 1.0}):
