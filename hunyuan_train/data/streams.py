@@ -45,8 +45,7 @@ def unit_sizes(
     for numbers in members.values():
         draws = sum(cells[number].draws for number in numbers)
         mean = math.fsum(cells[number].draws * costs[number] for number in numbers) / draws
-        largest = min(batches[number] * costs[number] for number in numbers)
-        target = mean * max(1, min(round(goal / mean), round(largest / mean)))
+        target = mean * max(1, round(goal / mean))
         for number in numbers:
             sizes[number] = min(max(1, round(target / costs[number])), batches[number])
     return sizes

@@ -79,7 +79,7 @@ def test_rounds_are_even_and_the_costliest_meet_the_cheapest() -> None:
     assert balance.lockstep == pytest.approx(36 / (4 * (8 + 4)))
 
 
-def test_swaps_even_out_what_rounds_alone_leave() -> None:
+def test_heavy_units_go_to_the_ranks_with_the_least_so_far() -> None:
     costs = np.random.default_rng(3).gamma(2.0, size=64).tolist()
     plan = plan_of(costs, [1] * 64)
     assert plan.balance(8).step > 0.98
