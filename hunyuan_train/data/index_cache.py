@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 
 import xxhash
@@ -41,7 +40,8 @@ def copy_index(blobs: Blobs, name: str, folder: Path) -> Path:
             return target
         except ValueError:  # not there yet, or damaged
             shutil.rmtree(target, ignore_errors=True)
-        temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary = folder / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
         temporary.mkdir()
         try:
             _copy(blobs, name, temporary)
