@@ -168,8 +168,8 @@ def main() -> None:
     ratios = [ours / bare for ours, bare in zip(rates["loader"], rates["decoder"], strict=True)]
     for name, found in rates.items():
         print(
-            f"{name:>8}: {statistics.median(found):6.2f} clips/s of 33 x 256 x 256; CPU seconds per "
-            f"clip {cpu[name][0]:.3f} in the processes, {cpu[name][1]:.3f} in training"
+            f"{name:>8}: {statistics.median(found):6.2f} clips/s of 33 x 256 x 256; CPU seconds "
+            f"per clip {cpu[name][0]:.3f} in the processes, {cpu[name][1]:.3f} in training"
         )
     print(
         json.dumps(
