@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -54,16 +55,14 @@ class NoText:
 
     fingerprint, text_length, text_dim, pooled_dim = "", 4, 4, 4
 
-    def __init__(self) -> None:
-        self.mask = torch.zeros(0)
-
-    def encode(self, captions: list[str], media: str) -> "NoText":
+    def encode(self, captions: list[str], media: str) -> SimpleNamespace:
         """Return features."""
-        features = NoText()
-        features.mask = torch.arange(4).expand(len(captions), 4) < 1
-        features.states = torch.zeros(len(captions), 4, 4)
-        features.pooled = torch.zeros(len(captions), 4)
-        return features
+        size = len(captions)
+        return SimpleNamespace(
+            mask=torch.arange(4).expand(size, 4) < 1,
+            states=torch.zeros(size, 4, 4),
+            pooled=torch.zeros(size, 4),
+        )
 
 
 def bare(job: tuple) -> None:
@@ -122,7 +121,7 @@ def updates(loader: BucketLoader) -> Iterator[list[str]]:
 
 def main() -> None:
     """Print what was measured, and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--media", type=Path, default=SAMPLE_MEDIA, help="folder with a manifest")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)

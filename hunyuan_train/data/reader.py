@@ -156,7 +156,7 @@ class StepReader:
         with self._changed:
             self._failure = failure or RuntimeError("the data reader was stopped")
             self._changed.notify_all()
-        self.fetcher.stop()
+        # The workers go on: updates that are ready may have bad samples to replace.
 
     def _read_ahead(self) -> None:
         """Load until stopped. An end of the data is raised when all before it is loaded."""

@@ -10,6 +10,7 @@ It lies in ``online/`` of ``data.latents``::
 import fcntl
 import json
 import logging
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ QUARANTINE = "quarantine.jsonl"
 _AHEAD = 8
 """Files per process that wait to be looked into."""
 _REPORT_S = 10.0
+_STALE_S = 3600.0
 
 
 def index_sources(cfg: DataConfig, text_length: int) -> Path:
@@ -78,7 +80,12 @@ def index_sources(cfg: DataConfig, text_length: int) -> Path:
                 f"data.source={cfg.source} has no usable file ({reasons}); {folder / QUARANTINE} "
                 "says what is wrong with each"
             )
-        return folder / write_index(folder, rows)
+        index = folder / write_index(folder, rows)
+        for old in folder.glob("index-*"):
+            # A process that was started just before may not have opened its index yet.
+            if old != index and time.time() - old.stat().st_mtime > _STALE_S:
+                shutil.rmtree(old, ignore_errors=True)
+        return index
 
 
 def probe_key(cfg: DataConfig) -> str:

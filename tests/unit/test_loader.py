@@ -262,6 +262,20 @@ def test_end_of_the_data_comes_after_the_last_update(tmp_path):
     loader.close()
 
 
+def test_bad_samples_of_the_last_updates_are_replaced_too(tmp_path):
+    rows = [make_row(number, IMAGE) for number in range(12)]
+    store = MadeUpStore(tmp_path / "store", rows)
+    store.bad = set(names(store)[::2])
+    cfg = config(sources={"data": SourceConfig(latents="x", epochs=2)}, max_bad_share=1.0)
+    loader = make_loader([store], cfg)
+    loader.next_step()
+    time.sleep(0.5)  # the reader has met the end
+    assert len(run(loader, 3)) > 0
+    with pytest.raises(ValueError, match=r"all data are used up"):
+        loader.next_step()
+    loader.close()
+
+
 def listed(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

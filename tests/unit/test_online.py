@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hunyuan_train.config.compose import compose_config
 from hunyuan_train.data import scan
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.config import DataConfig
@@ -18,7 +19,9 @@ from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.scan import index_sources
 from hunyuan_train.data.store import LatentStore
 from hunyuan_train.encoders.latents import LatentEncoder
+from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.precompute import precompute
+from hunyuan_train.models.vae.state_dict import load_vae
 from tests.support.media_factory import (
     FakeText,
     FakeVae,
@@ -27,6 +30,7 @@ from tests.support.media_factory import (
     write_video,
 )
 from tests.support.sample_store import make_loader
+from tests.support.tiny_run import make_data
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,10 @@ def test_second_start_opens_no_file_and_finds_what_changed(clips, tmp_path, monk
     second = index_sources(cfg, 6)
     assert sorted(looked) == ["i0.png", "new.png"]
     assert second != first
+    assert first.is_dir(), "another process may be about to open it"
+    os.utime(first, (1, 1))
+    assert index_sources(cfg, 6) == second
+    assert not first.exists()
     (probes,) = second.parent.glob("probes-*.jsonl")
     assert "v0.mp4" not in probes.read_text()
     looked.clear()
@@ -260,3 +268,23 @@ def test_processes_started_together_look_into_the_files_once(clips, tmp_path, ca
     (probes,) = folder.parent.glob("probes-*.jsonl")
     files = [json.loads(line)["file"] for line in probes.read_text().splitlines()]
     assert len(files) == len(set(files)) == 10
+
+
+def test_real_vae_and_text_encoder_give_the_stored_numbers(tmp_path):
+    data = make_data(tmp_path, num_clips=4, num_images=2)
+    settings = {"anchors": [64], "durations": [1, 5], "bucket_stride": 32}
+    cfg = config(data / "clips", tmp_path / "index", **settings)
+    text = build_text_encoder(compose_config([]).text)
+    online = OnlineStore(cfg, LatentEncoder(load_vae(data / "vae")), text, "data")
+    ahead = LatentStore.open(str(data / "latents"), cfg, "data")
+    assert ids(online) == ids(ahead)
+    loaders = [make_loader([store], cfg) for store in (ahead, online)]
+    for _ in range(4):
+        for stored, fresh in zip(*(loader.next_step() for loader in loaders), strict=True):
+            assert stored.sample_ids == fresh.sample_ids
+            # float16 keeps 11 bits.
+            torch.testing.assert_close(fresh.mean, stored.mean, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(fresh.std, stored.std, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(fresh.text, stored.text, rtol=1e-3, atol=1e-4)
+    for loader in loaders:
+        loader.close()
