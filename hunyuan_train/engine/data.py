@@ -155,8 +155,7 @@ def build_planner(
     cells = cells_of(opened, cfg.data)
 
     def text_tokens(cell: Cell) -> float:
-        groups = opened[cell.store].index.groups
-        return next(g.tokens_of_text for g in groups if g.first == cell.first)
+        return opened[cell.store].index.group_of(cell.first).tokens_of_text
 
     return StepPlanner(
         cells,
