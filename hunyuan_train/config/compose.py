@@ -44,10 +44,39 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "train") ->
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            composed = compose(config_name=config_name, overrides=list(overrides))
+            composed = compose(config_name=config_name, overrides=_into_tables(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error)) from error
     return _to_dataclasses(composed)
+
+
+_ENTRY = re.compile(r"\+{0,2}(\w+)\.(\w+)((?:\.[^.=]+)*)=(.*)", re.DOTALL)
+
+
+def _into_tables(overrides: Sequence[str]) -> list[str]:
+    """Return overrides as Hydra wants them for fields that map names to values.
+
+    Hydra takes a new name below such a field only with ``++``, and a name that starts with a digit
+    only inside braces: ``data.batches.17x64x64=2`` becomes ``++data.batches={17x64x64:2}``.
+    """
+    sections = {section.name: section.type for section in dataclasses.fields(RunConfig)}
+    tables = {
+        f"{name}.{field.name}"
+        for name, owner in sections.items()
+        for field in dataclasses.fields(owner)  # pyright: ignore[reportArgumentType]
+        if str(field.type).startswith("dict")
+    }
+    rewritten = []
+    for override in overrides:
+        found = _ENTRY.fullmatch(override)
+        if found is None or f"{found[1]}.{found[2]}" not in tables:
+            rewritten.append(override)
+            continue
+        value = found[4]
+        for name in reversed(found[3].split(".")[1:]):
+            value = f"{{{name}:{value}}}"
+        rewritten.append(f"++{found[1]}.{found[2]}={value}")
+    return rewritten
 
 
 def save_config(cfg: RunConfig, path: Path) -> None:

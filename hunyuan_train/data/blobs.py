@@ -27,7 +27,9 @@ class Blobs(Protocol):
     """Whether a request is cheap."""
 
     def pieces(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """Yield a range in pieces of :data:`PIECE` bytes, each valid until the next is asked for.
+        """Yield a range in pieces of :data:`PIECE` bytes.
+
+        A piece is valid until its thread asks for another one, of this or of any range.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -68,6 +70,16 @@ def open_blobs(location: str | Path, retries: int) -> Blobs:
     if isinstance(filesystem, LocalFileSystem):
         return LocalBlobs(Path(path))
     return RemoteBlobs(filesystem, path, retries)
+
+
+def read_whole(blobs: Blobs, name: str) -> bytes:
+    """Return a small file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be read.
+    """
+    return b"".join(bytes(piece) for piece in blobs.pieces(name, 0, blobs.size(name)))
 
 
 class ReadFile:
@@ -194,7 +206,7 @@ class RemoteBlobs:
         """Ask for the whole range at once; see :meth:`Blobs.pieces`."""
         data = memoryview(self._persist(name, lambda path: self._range(path, offset, nbytes)))
         for start in range(0, nbytes, PIECE):
-            yield data[start : start + PIECE]
+            yield memoryview(bytearray(data[start : start + PIECE]))  # torch wants to own it
 
     def size(self, name: str) -> int:
         """See :meth:`Blobs.size`."""

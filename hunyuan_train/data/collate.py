@@ -1,4 +1,4 @@
-"""Samples of one bucket stacked into a micro-batch."""
+"""Samples of one bucket put side by side into a micro-batch."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.index import LatentStore, SampleRow
+from hunyuan_train.data.index import SampleRow
+from hunyuan_train.data.quarantine import Reason, SampleError
+from hunyuan_train.data.store import Sample, SampleStore, StoreMeta, Text
+from hunyuan_train.runtime.seed import keyed_generator
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,6 +17,8 @@ class Batch:
     """One micro-batch on the CPU; latents are unscaled posterior moments, to be sampled anew."""
 
     bucket: Bucket
+    weight: float
+    """1; or 0 for samples that are not trained on and only keep ranks in step."""
     sample_ids: list[str]
     epochs: list[int]
     mean: Tensor
@@ -34,30 +39,80 @@ class Batch:
     """[P] float32."""
     captions: list[str]
 
+    def put(self, place: int, row: SampleRow, epoch: int, variant: int, sample: Sample) -> None:
+        """Write a sample, whose shapes were checked, to a place of the batch."""
+        assert row.bucket == self.bucket, "a micro-batch has one bucket"
+        tokens = len(sample.text.states)
+        self.sample_ids[place] = row.sample_id
+        self.epochs[place] = epoch
+        self.captions[place] = row.texts[variant].caption
+        self.mean[place] = sample.mean
+        self.std[place] = sample.std
+        self.text[place, :tokens] = sample.text.states
+        self.text[place, tokens:] = 0
+        self.text_mask[place] = torch.arange(self.text.shape[1]) < tokens
+        self.pooled[place] = sample.text.pooled
 
-def collate(store: LatentStore, rows: list[SampleRow], epoch: int) -> Batch:
-    """Read ``rows``, all of one bucket, from ``store`` and stack them."""
-    bucket = rows[0].bucket
-    assert all(row.bucket == bucket for row in rows), "a micro-batch has one bucket"
-    latents = [store.latents(row) for row in rows]
-    texts = [store.text(row) for row in rows]
-    # Filled in place: padded float32 states of a real encoder are 4 MiB per caption.
-    text = torch.zeros(len(rows), store.meta.text_length, store.meta.text_dim)
-    lengths = torch.tensor([len(states) for states, _ in texts])
-    for place, (states, _) in zip(text, texts, strict=True):
-        place[: len(states)] = states
+
+def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) -> Batch:
+    """Return a batch with room for ``size`` samples of ``store``, to be filled in place.
+
+    Padded states of a real text encoder are 4 MiB per caption, so they are made once.
+    """
+    meta, latents = store.meta, (size, store.meta.latent_channels, *bucket.latent_shape)
     empty = store.empty(bucket.media)
+    empty_text = torch.zeros(meta.text_length, meta.text_dim)
+    empty_text[: len(empty.states)] = empty.states
     return Batch(
         bucket=bucket,
-        sample_ids=[row.sample_id for row in rows],
-        epochs=[epoch] * len(rows),
-        mean=torch.stack([mean for mean, _ in latents]),
-        std=torch.stack([std for _, std in latents]),
-        text=text,
-        text_mask=torch.arange(store.meta.text_length) < lengths[:, None],
-        pooled=torch.stack([pooled for _, pooled in texts]),
-        empty_text=empty["states"],
-        empty_mask=empty["mask"],
-        empty_pooled=empty["pooled"],
-        captions=[row.caption for row in rows],
+        weight=weight,
+        sample_ids=[""] * size,
+        epochs=[0] * size,
+        mean=torch.zeros(latents),
+        std=torch.zeros(latents),
+        text=torch.zeros(size, meta.text_length, meta.text_dim),
+        text_mask=torch.zeros(size, meta.text_length, dtype=torch.bool),
+        pooled=torch.zeros(size, meta.pooled_dim),
+        empty_text=empty_text,
+        empty_mask=torch.arange(meta.text_length) < len(empty.states),
+        empty_pooled=empty.pooled,
+        captions=[""] * size,
     )
+
+
+def batch_bytes(meta: StoreMeta, bucket: Bucket, size: int) -> int:
+    """Return the memory of a batch, but for its names."""
+    frames, height, width = bucket.latent_shape
+    latents = 2 * meta.latent_channels * frames * height * width
+    return 4 * (size * (latents + meta.pooled_dim) + (size + 1) * meta.text_length * meta.text_dim)
+
+
+def choose_caption(row: SampleRow, seed: int, epoch: int) -> int:
+    """Draw which of its captions a sample has in an epoch, on every rank alike."""
+    if len(row.texts) == 1:
+        return 0
+    return int(keyed_generator(seed, "caption", row.sample_id, epoch).integers(len(row.texts)))
+
+
+def check_sample(sample: Sample, row: SampleRow, meta: StoreMeta) -> None:
+    """Check that a sample has the shapes of its bucket and of its store.
+
+    Raises:
+        SampleError: It does not; says which and how.
+    """
+    latents = (meta.latent_channels, *row.bucket.latent_shape)
+    for name, tensor in (("mean", sample.mean), ("std", sample.std)):
+        if tuple(tensor.shape) != latents:
+            raise _misshapen(row, name, tensor, f"{list(latents)} in bucket {row.bucket}")
+    text: Text = sample.text
+    tokens, *width = text.states.shape
+    if width != [meta.text_dim] or not 0 < tokens <= meta.text_length:
+        wanted = f"[1 to {meta.text_length}, {meta.text_dim}]"
+        raise _misshapen(row, "text states", text.states, wanted)
+    if tuple(text.pooled.shape) != (meta.pooled_dim,):
+        raise _misshapen(row, "pooled text", text.pooled, f"[{meta.pooled_dim}]")
+
+
+def _misshapen(row: SampleRow, name: str, tensor: Tensor, wanted: str) -> SampleError:
+    detail = f"its {name} has shape {list(tensor.shape)} instead of {wanted}"
+    return SampleError(row.sample_id, Reason.damaged, detail)

@@ -109,13 +109,16 @@ class DataConfig:
     the clips of ``source``, and keeps only an index in ``latents``."""
     media_shares: dict[str, float] = field(default_factory=dict)
     """Shares of ``image`` and ``video`` in the samples drawn; empty: by sample counts."""
-    anchor_shares: dict[str, float] = field(default_factory=dict)
-    """Shares of the anchors in the samples drawn, like ``{"256": 0.5, "512": 0.5}``."""
+    anchor_shares: dict[int, float] = field(default_factory=dict)
+    """Shares of the anchors in the samples drawn, like ``{256: 0.5, 512: 0.5}``."""
     concept_shares: dict[str, float] = field(default_factory=dict)
     """Shares of the concepts that the manifest names, in the samples drawn."""
     policy: Policy = Policy.balanced
     """``balanced``: all ranks get work of equal predicted cost, round by round; ``random``: every
     rank draws from a random bucket."""
+    planned_ranks: int = 0
+    """Data-parallel ranks that rounds of equal work are drawn for; 0 takes those of the first
+    start. A run draws the same samples whatever ranks it has, as long as this is the same."""
     global_samples: int = 0
     """Samples of one update over all ranks; 0 leaves it to global_tokens or stage.micro_steps."""
     global_tokens: int = 0
@@ -158,7 +161,7 @@ class DataConfig:
             check_frames(frames, "data.train_durations entry")
         for name in ("shard_sources", "encode_pixels", "decode_workers", "max_batch", "workers"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_tokens", "global_samples", "global_tokens", "retries", "prefetch_gib"):
+        for name in _COUNTS:
             _at_least(name, getattr(self, name), 0)
         for name in ("caption_variants", "worker_timeout_s"):
             _at_least(name, getattr(self, name), 1)
@@ -185,6 +188,11 @@ class DataConfig:
     def bucket_table(self) -> BucketTable:
         """Return the buckets that precompute assigns sources to."""
         return BucketTable(self.anchors, self.durations, self.max_aspect, self.bucket_stride)
+
+
+_COUNTS = (
+    "max_tokens", "global_samples", "global_tokens", "planned_ranks", "retries", "prefetch_gib",
+)  # fmt: skip
 
 
 def _at_least(name: str, value: float, minimum: float) -> None:

@@ -6,12 +6,11 @@ import logging
 import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 
 import xxhash
 
-from hunyuan_train.data.blobs import Blobs
+from hunyuan_train.data.blobs import Blobs, read_whole
 from hunyuan_train.data.index import FILES, FIX, HEADER, Index, digest_of_header
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,8 @@ def copy_index(blobs: Blobs, name: str, folder: Path) -> Path:
             return target
         except ValueError:  # not there yet, or damaged
             shutil.rmtree(target, ignore_errors=True)
-        temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary = folder / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
         temporary.mkdir()
         try:
             _copy(blobs, name, temporary)
@@ -55,7 +55,7 @@ def copy_index(blobs: Blobs, name: str, folder: Path) -> Path:
 
 def _copy(blobs: Blobs, name: str, target: Path) -> None:
     header = f"{name}/{HEADER}"
-    text = b"".join(blobs.pieces(header, 0, blobs.size(header))).decode(errors="replace")
+    text = read_whole(blobs, header).decode(errors="replace")
     if digest_of_header(text) != name:
         raise ValueError(f"{blobs.where(header)} is damaged; {FIX}")
     files = json.loads(text)["files"]

@@ -1,194 +1,277 @@
-"""The loader of a rank: its micro-batches of every global step, read ahead in the background."""
+"""The loader of a rank: its micro-batches of every update, read ahead, bad samples replaced."""
 
-import queue
-import threading
+import json
 import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.collate import Batch, collate
-from hunyuan_train.data.config import DataConfig
-from hunyuan_train.data.index import LatentStore, SampleRow
-from hunyuan_train.data.sampler import BatchStream, select_rows
+import torch
+from torch import Tensor
 
-_POLL_S = 0.2
+from hunyuan_train.data.balance import Balance
+from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.data.collate import Batch
+from hunyuan_train.data.config import DataConfig
+from hunyuan_train.data.fetch import Request
+from hunyuan_train.data.index import SampleRow
+from hunyuan_train.data.planner import StepPlanner
+from hunyuan_train.data.quarantine import Reason, SampleError
+from hunyuan_train.data.reader import LoadedStep, LoadedUnit, StepReader
+from hunyuan_train.data.store import SampleStore
+
+_MIN_SAMPLES = 100
+"""Samples after which data.max_bad_share is compared; before, one bad sample would be too many."""
+_MAX_ATTEMPTS = 32
+"""Rows that may be bad in turn in one place before their cell is called unusable."""
+_ELSEWHERE = "another rank that shares its batch could not use it"
 
 
 class BucketLoader:
-    """Serves rank ``rank`` of ``world_size`` from the global stream of micro-batches.
+    """Serves rank ``rank`` of ``world_size`` with its units of every planned update.
 
-    A global step consumes ``world_size * num_micro`` consecutive micro-batches; this rank takes
-    every ``world_size``-th of them. The position counts consumed micro-batches of the whole stream,
-    so a run that resumes on another number of ranks goes on where it stopped, and batches that were
-    read ahead but not consumed do not count.
+    The state is that of the last update that was taken: a run that resumes, on any number of ranks,
+    goes on where it stopped, and what was only read ahead does not count.
+
+    Ranks that share a batch need the same samples. So in every step they first agree which samples
+    are bad, and all replace them by the same others of the cell, until all are good everywhere.
 
     Args:
-        store: The precomputed samples.
-        cfg: Selection, batch sizes, shuffling, read-ahead.
+        stores: The stores that the planner's cells count.
+        planner: Draws the updates; the loader owns it from here on.
+        cfg: Workers, read-ahead, tolerated share of bad samples.
         seed: Run seed.
         rank: This rank among those with distinct data.
         world_size: Number of ranks with distinct data.
-
-    Raises:
-        ValueError: The selection holds no sample.
+        agree: Takes a mask, bool [n], and returns its element-wise OR over the ranks that share the
+            batch; called on the thread that calls :meth:`next_step`, equally often on all of them.
+            None for a rank alone.
+        quarantine: JSONL file for bad samples; None writes none.
     """
 
     def __init__(
-        self, store: LatentStore, cfg: DataConfig, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        stores: Sequence[SampleStore],
+        planner: StepPlanner,
+        cfg: DataConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        quarantine: Path | None = None,
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        store.enable_cache(cfg.cache_gib)
-        self._store = store
-        self._rows = select_rows(store.rows, cfg, str(store.folder))
-        self._stream = BatchStream(self._rows, cfg, seed)
-        self._rank = rank
-        self._world_size = world_size
-        self._read_ahead = cfg.prefetch_batches
-        self._position = 0
-        self._reader: _Reader | None = None
+        self._stores = stores
+        self._planner = planner
+        self._cfg = cfg
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._agree = agree
+        self._bad = _BadSamples(quarantine)
+        self._state = planner.state_dict()
+        self._reader: StepReader | None = None
+        self._failure: Exception | None = None
+        self._drawn = 0
+        self.balance = Balance(1.0, 1.0)
+        """Predicted balance of the last update."""
 
-    def next_step(self, num_micro: int) -> list[Batch]:
-        """Return this rank's ``num_micro`` micro-batches of the next global step.
+    def next_step(self) -> list[Batch]:
+        """Return this rank's micro-batches of the next update.
 
         Raises:
-            ValueError: A shard is missing or damaged; whatever the background reader met is raised
-                here.
+            ValueError: Too many samples are bad, or all of a cell, or the data have an end and it
+                is reached. This and whatever the reader met is raised again on every call.
         """
-        if self._reader is None:
-            self._reader = _Reader(
-                self._store,
-                self._rows,
-                self._stream,
-                self._position + self._rank,
-                self._world_size,
-                self._read_ahead,
-            )
-            weakref.finalize(self, self._reader.stop.set)
-        batches = [self._reader.next() for _ in range(num_micro)]
-        self._position += num_micro * self._world_size
-        return batches
+        if self._failure is not None:
+            raise self._failure
+        try:
+            step = self._start().next()
+            self._replace_bad(step)
+        except Exception as error:
+            self._failure = error
+            raise
+        self._state = step.state
+        self.balance = step.balance
+        return [unit.batch for unit in step.units]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the global stream and what the stream depends on."""
-        return {"position": self._position, "fingerprint": self._stream.fingerprint}
+        """Return the planner's state after the last update that was taken, ready for JSON."""
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position, on any number of ranks.
+        """Continue after a saved update, on any number of ranks.
 
         Raises:
-            ValueError: The samples, batch sizes or seed differ from those of the saved stream.
+            ValueError: The data, their selection or the seed differ from those of the saved run.
         """
-        if state["fingerprint"] != self._stream.fingerprint:
-            then, now = (
-                text.split(" ") for text in (state["fingerprint"], self._stream.fingerprint)
-            )
-            differing = [
-                f"{old} then, {new} now" for old, new in zip(then, now, strict=False) if old != new
-            ]
-            raise ValueError(
-                f"the data differ from those of the checkpoint ({'; '.join(differing)}), so its "
-                f"position has no meaning; restore data.latents={self._store.folder}, the data "
-                "selection, batch sizes and seed, or start a new run from the weights"
-            )
         self.close()
-        self._position = int(state["position"])
+        self._planner.load_state_dict(state)
+        self._state = state
+        self._failure = None
 
     def close(self) -> None:
-        """Stop reading ahead; the next step starts again at the current position."""
+        """Stop reading ahead; the next step starts again after the last one that was taken."""
         if self._reader is not None:
+            self._abandoned.detach()
             self._reader.close()
             self._reader = None
 
     @property
-    def buckets(self) -> list[Bucket]:
-        """The buckets of the selected samples."""
-        return list(self._stream.members)
+    def replaced(self) -> int:
+        """Samples that were bad and replaced since the loader was made."""
+        return self._bad.total
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Micro-batches of one epoch over all ranks."""
-        return self._stream.batches_per_epoch
+    def queued_bytes(self) -> int:
+        """Memory of what is read ahead and not taken yet."""
+        return self._reader.queued_bytes if self._reader is not None else 0
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The buckets of the selected samples."""
+        return sorted({cell.bucket for cell in self._planner.cells})
 
     def describe(self) -> str:
-        """Return the bucket table as text, one line per bucket and a total."""
-        lines = [f"{'bucket':>14} {'samples':>8} {'tokens':>7} {'batch':>6} {'batches/epoch':>14}"]
-        for bucket, members in self._stream.members.items():
-            lines.append(
-                f"{bucket!s:>14} {len(members):>8} {bucket.tokens:>7} "
-                f"{self._stream.batch_sizes[bucket]:>6} {self._stream.num_batches(bucket):>14}"
+        """Return what is drawn as a table: a line per bucket, the cheapest folded, and a total."""
+        # Imported here because the module draws too, and matplotlib takes half a second to load.
+        from hunyuan_train.data.table import bucket_rows, table_text
+
+        planner = self._planner
+        groups = [self._stores[cell.store].index.group_of(cell.first) for cell in planner.cells]
+        crop_losses = [group.crop_loss for group in groups]
+        return table_text(
+            bucket_rows(
+                planner.cells,
+                planner.shares.tolist(),
+                planner.costs,
+                planner.unit_sizes,
+                crop_losses,
             )
-        lines.append(
-            f"{'total':>14} {len(self._rows):>8} {'':>7} {'':>6} {self.batches_per_epoch:>14}"
         )
-        return "\n".join(lines)
+
+    def _start(self) -> StepReader:
+        if self._reader is None:
+            self._planner.load_state_dict(self._state)
+            self._reader = StepReader(
+                self._stores, self._planner, self._cfg, self._seed, self._rank, self._world_size
+            )
+            self._abandoned = weakref.finalize(self, self._reader.stop)
+        return self._reader
+
+    def _replace_bad(self, step: LoadedStep) -> None:
+        """Agree which samples are bad and load others in their places until none is."""
+        number = step.state["step"]
+        places = [_Place(unit, place) for unit in step.units for place in range(unit.unit.count)]
+        self._drawn += len(places)
+        bad = self._agreed(places)
+        while bad:
+            # All are asked for before the first is waited for.
+            for place, request in [(place, self._ask_another(place, number)) for place in bad]:
+                place.fill(self._start(), request)
+            self._check_share()
+            bad = self._agreed(places)
+
+    def _agreed(self, places: list["_Place"]) -> list["_Place"]:
+        """Return the places whose sample is bad on any rank that shares them."""
+        mask = torch.tensor([place.error is not None for place in places], dtype=torch.bool)
+        if self._agree is not None:
+            mask = self._agree(mask)
+        return [place for place, bad in zip(places, mask.tolist(), strict=True) if bad]
+
+    def _ask_another(self, place: "_Place", step: int) -> Request:
+        """Note the bad sample of ``place``, and ask for the next row of its cell."""
+        unit, reader = place.loaded.unit, self._start()
+        cell = self._planner.cells[unit.cell]
+        error = place.error or SampleError(place.row.sample_id, Reason.unreadable, _ELSEWHERE)
+        if place.attempts >= min(cell.count - 1, _MAX_ATTEMPTS):
+            self._bad.add(step, place.row, error, "")
+            raise ValueError(
+                f"bucket {cell.bucket} of {cell.name} has no usable sample: {place.attempts + 1} "
+                f"of its {cell.count} were tried for one place and all are bad ({self._bad}); "
+                "repair or leave out its data"
+            )
+        with reader.lock:
+            number, epoch = self._planner.replacement(unit, place.index, place.attempts)
+        place.attempts += 1
+        request = reader.ask(unit, place.index, number, epoch)
+        self._bad.add(step, place.row, error, request.row.sample_id)
+        return request
+
+    def _check_share(self) -> None:
+        limit = self._cfg.max_bad_share
+        if self._drawn >= _MIN_SAMPLES and self.replaced > limit * self._drawn:
+            raise ValueError(
+                f"{self.replaced} of {self._drawn} samples were unusable ({self._bad}), more than "
+                f"data.max_bad_share={limit:g}; repair the data or raise data.max_bad_share"
+            )
 
 
-class _Reader:
-    """Reads every ``stride``-th micro-batch from ``start`` on a thread, a bounded number ahead."""
+@dataclass(eq=False, slots=True)
+class _Place:
+    """One sample of an update, and what was tried there."""
 
-    def __init__(
-        self,
-        store: LatentStore,
-        rows: list[SampleRow],
-        stream: BatchStream,
-        start: int,
-        stride: int,
-        ahead: int,
-    ) -> None:
-        self.stop = threading.Event()
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(
-            target=_read_ahead,
-            args=(store, rows, stream, start, stride, self._queue, self.stop),
-            name="data-reader",
-            daemon=True,
-        )
-        self._thread.start()
+    loaded: LoadedUnit
+    index: int
+    attempts: int = 0
+    """Replacements so far."""
 
-    def next(self) -> Batch:
-        """Return the next micro-batch, or raise what stopped the thread, again on every call."""
-        while self._failure is None:
-            try:
-                item = self._queue.get(timeout=_POLL_S)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._queue.empty():
-                    self._failure = RuntimeError("the data reader thread ended without an error")
-                continue
-            if isinstance(item, Batch):
-                return item
-            self._failure = item
-        raise self._failure
+    @property
+    def error(self) -> SampleError | None:
+        """What is wrong with the sample on this rank."""
+        return self.loaded.bad.get(self.index)
 
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self.stop.set()
-        self._thread.join()
+    @property
+    def row(self) -> SampleRow:
+        """The sample that is here now."""
+        return self.loaded.requests[self.index].row
+
+    def fill(self, reader: StepReader, request: Request) -> None:
+        """Put another sample here."""
+        self.loaded.requests[self.index] = request
+        self.loaded.bad.pop(self.index, None)
+        self.loaded.bad.update(reader.fill(self.loaded.unit, self.loaded.batch, [request]))
 
 
-def _read_ahead(
-    store: LatentStore,
-    rows: list[SampleRow],
-    stream: BatchStream,
-    position: int,
-    stride: int,
-    batches: "queue.Queue[Batch | BaseException]",
-    stop: threading.Event,
-) -> None:
-    """Fill ``batches`` until ``stop``; an exception is passed on as the last item."""
-    while not stop.is_set():
-        item: Batch | BaseException
-        try:
-            planned = stream[position]
-            item = collate(store, [rows[index] for index in planned.rows], planned.epoch)
-        except BaseException as error:  # raised again by next(), never dropped
-            item = error
-        while not stop.is_set():
-            try:
-                batches.put(item, timeout=_POLL_S)
-                break
-            except queue.Full:
-                continue
-        if not isinstance(item, Batch):
+class _BadSamples:
+    """Counts bad samples by reason, and lists each once in a JSONL file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._reasons: Counter[str] = Counter()
+        self._listed: set[str] = set()
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, KeyError):  # a line that a killed run left unfinished
+                    self._listed.add(json.loads(line)["sample_id"])
+
+    def __str__(self) -> str:
+        """Return the counts by reason, and where the list is."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
+        return f"{counts}; listed in {self._path}" if self._path is not None else counts
+
+    @property
+    def total(self) -> int:
+        """Bad samples met, repeated ones included."""
+        return self._reasons.total()
+
+    def add(self, step: int, row: SampleRow, error: SampleError, replaced_by: str) -> None:
+        """Count one, and list it if it is new."""
+        self._reasons[str(error.reason)] += 1
+        if self._path is None or row.sample_id in self._listed:
             return
-        position += stride
+        self._listed.add(row.sample_id)
+        entry = {
+            "step": step,
+            "sample_id": row.sample_id,
+            "bucket": str(row.bucket),
+            "reason": str(error.reason),
+            "detail": error.detail,
+            "replaced_by": replaced_by,
+        }
+        # One write of one line: ranks with other data may append to the same file.
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

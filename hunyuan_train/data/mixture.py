@@ -12,7 +12,9 @@ from hunyuan_train.data.store import SampleStore
 
 _SWEEPS = 5000
 _CLOSE = 1e-6
-"""Relative error with which raked shares meet what was asked."""
+"""Relative error with which shares meet what was asked."""
+_FAR = 1e-3
+"""The same where they can only be met by leaving something out, which is approached slowly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,13 @@ def shares(cells: Sequence[Cell], cfg: DataConfig) -> np.ndarray:
     Raises:
         ValueError: A share is asked of something without samples, or the shares exclude each other.
     """
+    order = sorted(range(len(cells)), key=lambda number: cells[number].name)
+    result = np.empty(len(cells))
+    result[order] = _raked([cells[number] for number in order], cfg)
+    return result
+
+
+def _raked(cells: Sequence[Cell], cfg: DataConfig) -> np.ndarray:
     natural = np.array([cell.draws for cell in cells], np.float64)
     natural /= natural.sum()
     margins = [
@@ -106,25 +115,37 @@ def shares(cells: Sequence[Cell], cfg: DataConfig) -> np.ndarray:
         for field, values, asked in _asked(cells, cfg)
         if (margin := _margin(field, values, asked, natural))
     ]
-    found = natural.copy()
+    if not margins:
+        return natural
+    members = np.stack([margin.member for margin in margins])
+    kinds, kind = np.unique(members, axis=1, return_inverse=True)
+    weights = np.bincount(kind.ravel(), natural)
+    return natural * (_fitted(weights, kinds, margins) / weights)[kind.ravel()]
+
+
+def _fitted(weights: np.ndarray, kinds: np.ndarray, margins: list["_Margin"]) -> np.ndarray:
+    """Scale ``weights`` [kinds] until the sums over every margin's values are its target.
+
+    ``kinds`` int64 [margins, kinds] has the number of the value of each margin.
+    """
+    found = weights.copy()
     error, worst = 0.0, ""
-    for _ in range(_SWEEPS if margins else 0):
+    for _ in range(_SWEEPS):
         error, worst = 0.0, ""
-        for margin in margins:
-            sums = np.bincount(margin.member, found, len(margin.target))
+        for margin, member in zip(margins, kinds, strict=True):
+            sums = np.bincount(member, found, len(margin.target))
             off = np.abs(sums - margin.target) / np.maximum(margin.target, 1e-12)
-            off[(sums < 1e-12) & (margin.target == 0)] = 0.0
             if off.max() > error:
-                error, value = off.max(), int(off.argmax())
+                error, value = float(off.max()), int(off.argmax())
                 worst = (
                     f"{margin.field} asks {margin.target[value]:.3g} for {margin.names[value]!r} "
                     f"and the others allow {sums[value]:.3g}"
                 )
             ratio = np.divide(margin.target, sums, out=np.zeros_like(sums), where=sums > 0)
-            found *= ratio[margin.member]
+            found *= ratio[member]
         if error < _CLOSE:
             break
-    if error >= _CLOSE:
+    if error > _FAR:
         raise ValueError(
             f"the shares asked of the data exclude each other ({worst}); loosen one of "
             f"{', '.join(margin.field for margin in margins)}"
@@ -155,10 +176,11 @@ def _asked(
         )
     total = sum(weights[name] for name in sorted(weights))
     fractions = {name: weight / total for name, weight in weights.items()} if total else {}
+    anchors = {str(anchor): share for anchor, share in cfg.anchor_shares.items()}
     return [
         ("data.sources weights", [cell.source for cell in cells], fractions),
         ("data.media_shares", [cell.media for cell in cells], cfg.media_shares),
-        ("data.anchor_shares", [str(cell.anchor) for cell in cells], cfg.anchor_shares),
+        ("data.anchor_shares", [str(cell.anchor) for cell in cells], anchors),
         ("data.concept_shares", [cell.concept for cell in cells], cfg.concept_shares),
     ]
 

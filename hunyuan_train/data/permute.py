@@ -29,10 +29,11 @@ def text_key(*parts: str | int) -> int:
 
 def mixed(key: Ints, number: Ints) -> np.ndarray:
     """Return uint64 keys of (key, number) pairs: the finaliser of splitmix64."""
-    bits = np.asarray(key, np.uint64) + np.asarray(number, np.uint64) * np.uint64(_GOLDEN)
-    bits = (bits ^ (bits >> _SHIFTS[0])) * _FIRST
-    bits = (bits ^ (bits >> _SHIFTS[1])) * _SECOND
-    return bits ^ (bits >> _SHIFTS[2])
+    with np.errstate(over="ignore"):  # Single numbers wrap with a warning, arrays without.
+        bits = np.asarray(key, np.uint64) + np.asarray(number, np.uint64) * np.uint64(_GOLDEN)
+        bits = (bits ^ (bits >> _SHIFTS[0])) * _FIRST
+        bits = (bits ^ (bits >> _SHIFTS[1])) * _SECOND
+        return np.asarray(bits ^ (bits >> _SHIFTS[2]))
 
 
 def permute(places: Ints, length: Ints, key: Ints) -> np.ndarray:

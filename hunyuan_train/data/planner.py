@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hunyuan_train.data.apportion import apportion, group_tiers, spread
 from hunyuan_train.data.balance import StepPlan, Unit, UnitTable
 from hunyuan_train.data.config import DataConfig, Policy
 from hunyuan_train.data.mixture import Cell, shares
@@ -14,16 +15,13 @@ from hunyuan_train.data.streams import ENDLESS, Place, Streams, occurrence, unit
 
 __all__ = ["StepPlan", "StepPlanner", "Unit"]
 
-_LIKE = 1.05
-"""Largest ratio of unit costs inside a tier."""
-
 
 class StepPlanner:
     """Draws one update after the other; a pure function of its arguments and its state.
 
     Classes of like unit cost form a tier. A round, one unit for every planned rank, is of one tier:
-    the one that lags most, in its rounds, behind its share of the samples drawn. Inside the round
-    each class gets the units that bring it to its share; what does not divide is carried on.
+    the one whose next round is due first by its share of the samples drawn. Inside the round each
+    class gets the units that bring it to its share; what does not divide is carried on.
 
     Args:
         cells: What is drawn from.
@@ -54,6 +52,7 @@ class StepPlanner:
         assert min(planned_ranks, micro_steps, *costs, *batches) > 0, "sizes and costs above 0"
         self.cells = list(cells)
         self.shares = shares(cells, cfg)
+        self.costs = list(costs)
         self._cfg, self._seed, self._micro_steps = cfg, seed, micro_steps
         self._costs = np.array(costs, np.float64)
         self._tokens = np.array([cell.bucket.tokens for cell in cells], np.int64)
@@ -146,7 +145,7 @@ class StepPlanner:
             "offset": {str(number): int(self._place.offset[number]) for number in cut},
             "credit": self._credit.tolist(),
             "carry": self._carry,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,7 +156,7 @@ class StepPlanner:
         """
         planned = self._ranks
         self._lay_out(int(state["planned_ranks"]))
-        then, now = state["fingerprint"], self._fingerprint()
+        then, now = state["fingerprint"], self._fingerprint
         differing = [
             f"{name} {then.get(name)} then, {now[name]} now"
             for name in now
@@ -194,13 +193,13 @@ class StepPlanner:
         epochs = {name: source.epochs for name, source in cfg.sources.items()}
         self._streams = Streams(cells, batches, self._seed, cfg.shuffle, epochs)
         streams = self._streams
-        classes = len(streams.names)
-        self._wanted = np.bincount(streams.class_of, self.shares, classes)
+        self._wanted = streams.sums(self.shares)
         self._per_unit = streams.samples / streams.units
-        tokens = np.bincount(streams.class_of, [c.draws * c.bucket.tokens for c in cells], classes)
-        self._tokens_per_unit = tokens / streams.units
-        self._tier, self._members = _tiers(streams.weighted_cost(self._costs))
+        draws = np.array([cell.draws for cell in cells])
+        self._tokens_per_unit = streams.sums(draws * self._tokens) / streams.units
+        self._tier, self._members = group_tiers(streams.weighted_cost(self._costs))
         self._live = np.zeros(0, bool)
+        self._fingerprint = self._identity()
 
     def _retire(self) -> None:
         """Share out what ended classes leave, whenever one has ended."""
@@ -211,13 +210,13 @@ class StepPlanner:
         self._share = np.where(live, self._wanted, 0.0)
         if live.any():
             self._share /= self._share.sum()
-        left = self._credit[~live].sum()
-        self._credit = np.where(live, self._credit, 0.0) + left * self._share
+        self._credit = np.where(live, self._credit, 0.0)
         tiers = len(self._members)
         rate = self._share / self._per_unit
         units = np.bincount(self._tier, rate, tiers)
         samples = np.bincount(self._tier, self._share, tiers)
-        self._rounds_of = np.divide(units, samples, out=np.zeros(tiers), where=samples > 0)
+        self._units_of = np.divide(units, samples, out=np.zeros(tiers), where=samples > 0)
+        self._pace = np.divide(units.sum(), units, out=np.full(tiers, np.inf), where=units > 0)
         self._bounded = bool((self._streams.limit[live] < ENDLESS).any())
 
     def _goal(self) -> int:
@@ -266,23 +265,29 @@ class StepPlanner:
             samples = counts * self._per_unit
             credit += self._share * samples.sum() - samples
             need -= float((counts * expected).sum())
-            rounds.append(_spread(counts))
+            rounds.append(spread(counts))
         return np.concatenate(rounds) if rounds else np.zeros(0, np.int64)
 
     def _round(self, credit: np.ndarray, left: np.ndarray, units: float) -> np.ndarray | None:
         """Return how many units of each class make the next round, None if nothing is left."""
         is_open = self._live & (left > 0) if self._bounded else self._live
         tiers = len(self._members)
-        lag = np.bincount(self._tier, np.where(is_open, credit, 0.0), tiers) * self._rounds_of
-        lag[np.bincount(self._tier, is_open, tiers) == 0] = -np.inf
-        tier = int(np.argmax(lag))
-        if lag[tier] == -np.inf:
+        ahead = np.bincount(self._tier, np.where(is_open, -credit, 0.0), tiers) * self._units_of
+        due = np.full(tiers, np.inf)
+        np.multiply(
+            ahead / self._ranks + 0.5,
+            self._pace,
+            out=due,
+            where=np.bincount(self._tier, is_open, tiers) > 0,
+        )
+        tier = int(np.argmin(due))
+        if due[tier] == np.inf:
             return None
         members = self._members[tier]
         members = members[is_open[members]]
         counts = np.zeros(len(credit), np.int64)
         size = self._per_unit[members]
-        counts[members] = _apportion(credit[members] / size, self._share[members] / size, units)
+        counts[members] = apportion(credit[members] / size, self._share[members] / size, units)
         return np.minimum(counts, left)
 
     def _random(self, left: np.ndarray, need: float, done: int) -> np.ndarray:
@@ -319,7 +324,7 @@ class StepPlanner:
         self._step += 1
         return StepPlan(table, self._costs, in_turn=self._cfg.policy is Policy.random)
 
-    def _fingerprint(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, str]:
         """Return what the meaning of the state depends on, in words."""
         order = sorted(range(len(self.cells)), key=lambda number: self.cells[number].name)
         cells = [f"{self.cells[n].name} {self.cells[n].count}" for n in order]
@@ -345,50 +350,3 @@ def _joined(tables: list[UnitTable]) -> UnitTable:
     for table in tables[1:]:
         first = first.join(table)
     return first
-
-
-def _tiers(costs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Group classes of like unit cost: the tier of each class, and the classes of each tier."""
-    tier = np.zeros(len(costs), np.int64)
-    members: list[list[int]] = []
-    lowest = 0.0
-    for number in np.argsort(costs, kind="stable").tolist():
-        if not members or costs[number] > _LIKE * lowest:
-            members.append([])
-            lowest = costs[number]
-        members[-1].append(number)
-        tier[number] = len(members) - 1
-    return tier, [np.array(numbers, np.int64) for numbers in members]
-
-
-def _apportion(owed: np.ndarray, rate: np.ndarray, units: float) -> np.ndarray:
-    """Divide ``units`` among classes, int64 of that sum.
-
-    Args:
-        owed: Units that each class lags behind (negative: is ahead), float64 [classes].
-        rate: Units per sample drawn at which each class keeps up.
-        units: How many there are.
-
-    Each gets ``owed + level * rate`` with the level at which that adds up, at least 0, rounded so
-    that the largest remainders go up.
-    """
-    active = np.ones(len(owed), bool)
-    while True:
-        level = (units - owed[active].sum()) / rate[active].sum()
-        exact = np.where(active, owed + level * rate, 0.0)
-        if exact.min() >= 0:
-            break
-        active &= exact > 0
-    counts = np.floor(exact).astype(np.int64)
-    rest = int(units) - int(counts.sum())
-    if rest > 0:
-        counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
-    return counts
-
-
-def _spread(counts: np.ndarray) -> np.ndarray:
-    """Return each class as often as ``counts`` says, evenly interleaved; int64 [sum]."""
-    classes = np.repeat(np.arange(len(counts)), counts)
-    ends = np.cumsum(counts)
-    turn = np.arange(len(classes)) - np.repeat(ends - counts, counts)
-    return classes[np.argsort((turn + 0.5) / counts[classes], kind="stable")]

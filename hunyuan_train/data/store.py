@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from hunyuan_train.data.blobs import Blobs, open_blobs
+from hunyuan_train.data.blobs import Blobs, open_blobs, read_whole
+from hunyuan_train.data.buffers import Buffers
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import FIX, FORMAT, Blob, Index
 from hunyuan_train.data.index_cache import cache_folder, copy_index
@@ -116,6 +116,7 @@ class LatentStore:
         self._blobs = blobs
         self._verify = cfg.verify
         self._dtype: torch.dtype = getattr(torch, meta.storage_dtype)
+        self._buffers = Buffers(keep=cfg.workers)
         self._empty: dict[str, Text] = {}
 
     @classmethod
@@ -181,8 +182,7 @@ class LatentStore:
 
         if blob.nbytes != count * self._dtype.itemsize:
             raise bad(Reason.unreadable, f"they are not {count} numbers of {self._dtype}")
-        # numpy asks the kernel for huge pages, torch does not; large samples load twice as fast.
-        values = torch.from_numpy(np.empty(count, np.float32))
+        values = self._buffers.take(count)
         digest = xxhash.xxh3_64()
         total, place = 0.0, 0
         try:
@@ -213,7 +213,7 @@ def shard_file(name: str) -> str:
 def _read_meta(blobs: Blobs) -> StoreMeta:
     path = blobs.where(META)
     try:
-        raw = json.loads(b"".join(blobs.pieces(META, 0, blobs.size(META))))
+        raw = json.loads(read_whole(blobs, META))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: no latent store there; {FIX}") from error
     except OSError as error:

@@ -5,6 +5,7 @@ its cells occurs exactly ``repeat`` times: the passes over a cell, each in its o
 cut into units one after the other, and the units of all cells follow in a keyed order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -19,8 +20,8 @@ ENDLESS = 2**62
 
 
 def class_name(cell: Cell) -> str:
-    """Name the class of a cell."""
-    return f"{cell.source}/{cell.concept}/{cell.bucket.frames}@{cell.anchor}"
+    """Name the class of a cell; names of sources and concepts may contain any visible sign."""
+    return "\x1f".join([cell.source, cell.concept, f"{cell.bucket.frames}@{cell.anchor}"])
 
 
 def unit_sizes(
@@ -43,9 +44,8 @@ def unit_sizes(
     sizes = [1] * len(cells)
     for numbers in members.values():
         draws = sum(cells[number].draws for number in numbers)
-        mean = sum(cells[number].draws * costs[number] for number in numbers) / draws
-        largest = min(batches[number] * costs[number] for number in numbers)
-        target = mean * max(1, min(round(goal / mean), round(largest / mean)))
+        mean = math.fsum(cells[number].draws * costs[number] for number in numbers) / draws
+        target = mean * max(1, round(goal / mean))
         for number in numbers:
             sizes[number] = min(max(1, round(target / costs[number])), batches[number])
     return sizes
@@ -89,17 +89,15 @@ class Streams:
         shuffle: bool,
         epochs: dict[str, int],
     ) -> None:
-        order = sorted(
-            range(len(cells)), key=lambda n: (class_name(cells[n]), cells[n].first, cells[n].name)
-        )
-        self.names = sorted({class_name(cell) for cell in cells})
+        names = [class_name(cell) for cell in cells]
+        order = sorted(range(len(cells)), key=lambda n: (names[n], cells[n].first, cells[n].name))
+        self.names = sorted(set(names))
         numbers = {name: number for number, name in enumerate(self.names)}
         self._cell = np.array(order, np.int64)
         self._size = np.array([sizes[n] for n in order], np.int64)
         self._draws = np.array([cells[n].draws for n in order], np.int64)
-        self.class_of = np.array([numbers[class_name(cell)] for cell in cells], np.int64)
         in_cell = -(-self._draws // self._size)
-        owner = self.class_of[self._cell]
+        owner = self._owner = np.array([numbers[names[n]] for n in order], np.int64)
         self._ends = np.cumsum(in_cell)
         self._begins = self._ends - in_cell
         classes = len(self.names)
@@ -108,12 +106,16 @@ class Streams:
         self.samples = np.zeros(classes, np.int64)
         np.add.at(self.samples, owner, self._draws)
         self._base = np.cumsum(self.units) - self.units
-        sources = {numbers[class_name(cell)]: cell.source for cell in cells}
-        self.source = [sources[number] for number in range(classes)]
+        sources = {name: cell.source for name, cell in zip(names, cells, strict=True)}
+        self.source = [sources[name] for name in self.names]
         limits = [epochs.get(source, 0) for source in self.source]
         self.limit = np.where(limits, np.array(limits) * self.units, ENDLESS).astype(np.int64)
         self._key = np.array([text_key(seed, "unit order", n) for n in self.names], np.uint64)
         self._shuffle = shuffle
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of a number per cell over each class; float64 [classes]."""
+        return np.bincount(self._owner, values[self._cell], len(self.names))
 
     def weighted_cost(self, costs: np.ndarray) -> np.ndarray:
         """Return the mean cost of each class's units, weighted by cost; float64 [classes].
@@ -121,11 +123,11 @@ class Streams:
         The weight makes it the cost of a full unit where there are enough samples for them.
         """
         full, rest = np.divmod(self._draws, self._size)
-        cost, owner = costs[self._cell], self.class_of[self._cell]
+        cost = costs[self._cell]
         square = cost**2 * (full * self._size**2 + rest**2)
         plain = cost * self._draws
         classes = len(self.names)
-        return np.bincount(owner, square, classes) / np.bincount(owner, plain, classes)
+        return np.bincount(self._owner, square, classes) / np.bincount(self._owner, plain, classes)
 
     def start(self) -> Place:
         """Return the beginning of all streams."""

@@ -39,8 +39,12 @@ class Workers(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """Cancel the futures that are not done and let the workers end, without waiting."""
+        ...
+
     def close(self) -> None:
-        """Stop; futures that are not done are cancelled."""
+        """Stop and wait for the workers."""
         ...
 
 
@@ -154,10 +158,14 @@ class ThreadWorkers:
         self._jobs.put(job)
         return job.future
 
-    def close(self) -> None:
-        """Stop and wait for the threads, except for one that hangs."""
+    def stop(self) -> None:
+        """Cancel what is not done; see :class:`Workers`."""
         self._jobs.close()
         self._closing.set()
+
+    def close(self) -> None:
+        """Stop and wait for the threads, except for one that hangs."""
+        self.stop()
         self._watcher.join()
         until = time.monotonic() + _CLOSE_S
         for slot in self._slots:
@@ -231,9 +239,13 @@ class ProcessWorkers:
         self._jobs.put(job)
         return job.future
 
+    def stop(self) -> None:
+        """Cancel what is not done; see :class:`Workers`."""
+        self._jobs.close()
+
     def close(self) -> None:
         """End the processes and wait for them."""
-        self._jobs.close()
+        self.stop()
         for thread in self._threads:
             thread.join()
 

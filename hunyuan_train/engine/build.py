@@ -12,7 +12,7 @@ from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.engine.data import build_loader, open_stores
+from hunyuan_train.engine.data import build_loader, open_data
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
@@ -47,7 +47,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     Raises:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
-    stores = open_stores(cfg)
+    stores = open_data(cfg, world)
     axes = build_axes(cfg.parallel, world.device.type, world.size)
     model, rules = lay_out(cfg, axes, world.device)
     parameters = sum(p.numel() for p in build_on_meta(cfg).parameters())

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.config import DataConfig
+from hunyuan_train.data.config import DataConfig, Encode
 from hunyuan_train.data.cost import sample_cost
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.data.mixture import Cell, cells_of
+from hunyuan_train.data.online import OnlineStore
 from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.store import LatentStore, SampleStore
+from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.engine.precompute import build_latent_encoder
 from hunyuan_train.memory.estimate import Shards, max_tokens
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.device import total_memory_bytes
@@ -24,6 +27,35 @@ log = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.jsonl"
 """File in the run's folder that lists the samples training could not use."""
+
+
+def open_data(cfg: RunConfig, world: World) -> dict[str, SampleStore]:
+    """Open what a run draws from, by source name: latent stores, or clips to encode."""
+    if cfg.data.encode is Encode.online:
+        return {"": open_online(cfg, world)}
+    return open_stores(cfg)
+
+
+def open_online(cfg: RunConfig, world: World) -> OnlineStore:
+    """Open the clips of ``data.source`` for encoding while training goes on.
+
+    Raises:
+        ValueError: a setting is missing, the encoders cannot be loaded, or no clip is usable.
+    """
+    if not cfg.run.vae:
+        raise ValueError(
+            "run.vae is empty, and data.encode=online encodes with it; set it to the folder of the "
+            "VAE (config.json, model.safetensors)"
+        )
+    if cfg.data.sources:
+        raise ValueError(
+            "data.sources mixes latent stores, and data.encode=online has none; use data.source, "
+            "or precompute each source and set data.encode=ahead"
+        )
+    text = build_text_encoder(cfg.text, world.device)
+    store = OnlineStore(cfg.data, build_latent_encoder(cfg.run.vae, world.device), text)
+    check_store(cfg, store, cfg.data.source)
+    return store
 
 
 def open_stores(cfg: RunConfig) -> dict[str, SampleStore]:
@@ -123,8 +155,7 @@ def build_planner(
     cells = cells_of(opened, cfg.data)
 
     def text_tokens(cell: Cell) -> float:
-        groups = opened[cell.store].index.groups
-        return next(g.tokens_of_text for g in groups if g.first == cell.first)
+        return opened[cell.store].index.group_of(cell.first).tokens_of_text
 
     return StepPlanner(
         cells,
@@ -132,7 +163,7 @@ def build_planner(
         [largest_batch(cell.bucket, tokens, cfg.data) for cell in cells],
         cfg.data,
         cfg.run.seed,
-        ranks,
+        cfg.data.planned_ranks or ranks,
         cfg.stage.micro_steps,
     )
 

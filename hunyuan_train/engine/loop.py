@@ -31,6 +31,13 @@ FREE_TO_CHANGE = (
     "sample.",
     "certify.",
     *(
+        f"data.{field}"
+        for field in (
+            "workers", "worker_timeout_s", "prefetch_gib", "retries", "local_cache", "verify",
+            "max_bad_share",
+        )
+    ),
+    *(
         f"parallel.{field}"
         for field in (
             "tp", "sp", "cp_ring", "cp_ulysses", "dp_replicate", "zero_stage", "zero_engine",

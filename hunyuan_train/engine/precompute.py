@@ -12,6 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.manifest import Source, list_sources
@@ -82,11 +84,19 @@ def precompute_from_config(cfg: RunConfig, world: World) -> PrecomputeSummary:
         raise ValueError(
             "run.vae is empty; set it to the folder of the VAE (config.json, model.safetensors)"
         )
-    vae = load_vae(cfg.run.vae, world.device)
+    encoder = build_latent_encoder(cfg.run.vae, world.device)
     text = build_text_encoder(cfg.text, world.device)
-    dtype = next(vae.parameters()).dtype
-    encoder = LatentEncoder(vae, world.device, dtype, vae.cfg.scaling_factor)
     return precompute(cfg.data, encoder, text, world.rank, world.size)
+
+
+def build_latent_encoder(folder: str, device: torch.device) -> LatentEncoder:
+    """Load the VAE in ``folder`` onto ``device`` for encoding.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    vae = load_vae(folder, device)
+    return LatentEncoder(vae, device, next(vae.parameters()).dtype, vae.cfg.scaling_factor)
 
 
 def precompute(
@@ -120,7 +130,7 @@ def precompute(
     if not cfg.latents:
         raise ValueError("data.latents is empty; set it to a folder for the latent store")
     started = time.monotonic()
-    listing = list_sources(cfg.source)
+    listing = list_sources(cfg.source, cfg.caption_variants, cfg.field_drop)
     worker = Worker(cfg, vae, text)
     report = progress or (_Reporter() if process == 0 else None)
 

@@ -68,6 +68,7 @@ def make_batch(cfg: RunConfig, shape: MicroBatch, number: int, text_length: int)
         empty_mask=torch.arange(text_length) < 2,
         empty_pooled=keyed_normal((model.pooled_dim,), 0, "empty_pooled"),
         captions=[""] * samples,
+        weight=1.0,
     )
 
 

@@ -81,15 +81,13 @@ def bucket_table(stage: str, stats: dict[str, BucketStats]) -> Table:
 
 def quarantine_table(title: str, paths: Sequence[Path]) -> Table | None:
     """Return the counts and first entries of quarantine lists, None if all are empty."""
-    entries = [row for path in paths for row in _lines(path)]
+    # Groups of ranks list a sample each when they meet it.
+    entries = list({_name(row): row for path in paths for row in _lines(path)}.values())
     if not entries:
         return None
     counts = Counter(str(row["reason"]) for row in entries)
     listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    rows = [
-        [str(row.get("file") or row.get("sample_id", "")), str(row["reason"]), str(row["detail"])]
-        for row in entries[:EXAMPLES]
-    ]
+    rows = [[_name(row), str(row["reason"]), str(row["detail"])] for row in entries[:EXAMPLES]]
     shown = f"; the first {EXAMPLES} are shown" if len(entries) > EXAMPLES else ""
     return Table(
         title=title,
@@ -97,6 +95,10 @@ def quarantine_table(title: str, paths: Sequence[Path]) -> Table | None:
         rows=rows,
         note=f"{len(entries)} left out: {listed}{shown}.",
     )
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row.get("file") or row.get("sample_id", ""))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

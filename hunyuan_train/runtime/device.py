@@ -44,7 +44,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """Return the memory this process may plan with: of the device on CUDA, of the machine on CPU."""
+    """Return the memory to plan with: of the device on CUDA, of the whole machine on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

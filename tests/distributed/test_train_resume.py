@@ -98,8 +98,8 @@ def test_sigterm_saves_and_exits_with_its_own_code_then_goes_on(data: Path, tmp_
 def test_two_ranks_train_what_one_rank_trains(data: Path, tmp_path: Path, layout: str) -> None:
     """The same global batches on one and on two ranks: equal losses, norms and weights."""
     one, two = tmp_path / "one", tmp_path / "two"
-    single = run_verb("train", overrides(data, one, "stage.micro_steps=2"))
-    double = run_verb("train", overrides(data, two, "stage.micro_steps=1", layout), ranks=2)
+    single = run_verb("train", overrides(data, one, "data.planned_ranks=2"))
+    double = run_verb("train", overrides(data, two, layout), ranks=2)
     assert single.returncode == 0, single.stderr
     assert double.returncode == 0, double.stderr
     for left, right in zip(rows(one), rows(two), strict=True):

@@ -48,7 +48,8 @@ def make_data(folder: Path, num_clips: int = 8, num_images: int = 4) -> Path:
             "data.bucket_stride=32",
         ]
     )
-    precompute(cfg.data, LatentEncoder(vae), build_text_encoder(cfg.text))
+    encoder = LatentEncoder(vae, scaling_factor=vae.cfg.scaling_factor)
+    precompute(cfg.data, encoder, build_text_encoder(cfg.text))
     return folder
 
 

@@ -67,3 +67,37 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.yaml does not exist; give run\.dir"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_tables_take_new_names_without_ceremony() -> None:
+    cfg = compose_config(
+        [
+            "data.sources.films.latents=/some/where.d",
+            "data.sources.films.weight=0.5",
+            "data.sources={pictures: {latents: there}}",
+            "data.media_shares={image:0.3,video:0.7}",
+            "data.anchor_shares.256=1.0",
+            "data.batches.17x64x64=2",
+            "+data.batches.1x64x64=3",
+        ]
+    )
+    assert cfg.data.sources["films"].latents == "/some/where.d"
+    assert cfg.data.sources["films"].weight == 0.5
+    assert cfg.data.sources["pictures"].latents == "there"
+    assert cfg.data.media_shares == {"image": 0.3, "video": 0.7}
+    assert cfg.data.anchor_shares == {256: 1.0}
+    assert cfg.data.batches == {"17x64x64": 2, "1x64x64": 3}
+    with pytest.raises(ValueError, match="wight"):
+        compose_config(["data.sources.films.wight=1"])
+    with pytest.raises(ValueError, match="media_shares"):
+        compose_config(["data.media_shares.image=much"])
+    with pytest.raises(ValueError, match="bucket '17x64' is not FRAMESxHEIGHTxWIDTH"):
+        compose_config(["data.batches.17x64=2"])
+
+
+def test_tables_survive_a_round_trip(tmp_path: Path) -> None:
+    cfg = compose_config(
+        ["data.sources.a.latents=x", "data.anchor_shares.64=1", "data.batches.1x64x64=3"]
+    )
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg

@@ -72,5 +72,5 @@ def test_tokens_fill_what_the_states_leave() -> None:
     tokens = max_tokens(cfg, 1_000_000, 2**30, 2, Shards(), reserve=0.0)
     used = state_bytes(1_000_000, Shards()) + tokens * activation_bytes(cfg, 2, Shards())
     assert 2**30 - activation_bytes(cfg, 2, Shards()) <= used <= 2**30
-    with pytest.raises(ValueError, match="states of 100,000,000 parameters take 1.9 GiB of the 1"):
+    with pytest.raises(ValueError, match=r"100,000,000 parameters take 1\.9 GiB of the 1"):
         max_tokens(cfg, 100_000_000, 2**30, 2, Shards())

@@ -1,8 +1,11 @@
 import io
+import json
 
 import pytest
 from PIL import Image
+from tiny_run import MODEL, make_data
 
+from hunyuan_train.cli.main import main
 from hunyuan_train.data.buckets import Bucket, BucketTable
 from hunyuan_train.data.mixture import Cell
 from hunyuan_train.data.table import MAX_LINES, bucket_rows, table_chart, table_text
@@ -102,3 +105,114 @@ def test_chart_has_room_for_every_line_of_bars(count):
     assert image.height < 4000
     colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     assert {(0x9B, 0xB3, 0xD3), (0x3B, 0x6F, 0xB6)} <= colours
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Generated clips, and a store made of them; sizes of 64 and 96 x 64 pixels."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def plan(capsys, data, run, *extra):
+    """Run the verb and return (exit code, text, JSON or None)."""
+    arguments = [
+        *("data=shapes", "model=tiny", "text=builtin", *MODEL),
+        *("data.anchors=[64]", "data.durations=[1,5]", "data.bucket_stride=32"),
+        *(f"data.source={data / 'clips'}", f"data.latents={run / 'latents'}"),
+        *(f"run.dir={run / 'run'}", *extra),
+    ]
+    code = main(["plan", "data", *arguments])
+    output = capsys.readouterr()
+    path = run / "run" / "data_plan.json"
+    return code, output.out + output.err, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_plan_of_the_clips_is_that_of_the_store_made_of_them(capsys, data, tmp_path):
+    code, text, clips = plan(capsys, data, tmp_path / "a", "--ranks", "2")
+    assert code == 0
+    assert f"20 samples in the clips of data.source={data / 'clips'} (no store in" in text
+    _, text, store = plan(capsys, data, tmp_path / "b", f"data.latents={data / 'latents'}")
+    assert f"20 samples in {data / 'latents'}" in text
+    exact = ("bucket", "anchor", "samples", "draws", "tokens", "share", "crop_loss")
+    for one, two in zip(clips["buckets"], store["buckets"], strict=True):
+        assert [one[name] for name in exact] == pytest.approx([two[name] for name in exact])
+        assert one["compute"] == pytest.approx(two["compute"], rel=0.2)  # text is estimated
+    assert sum(row["samples"] for row in clips["buckets"]) == 20  # 8 clips give two, 4 images one
+    assert (clips["forecast"]["ranks"], store["forecast"]["ranks"]) == (2, 1)
+    for name in ("data_plan.png", "data_plan.json"):
+        assert str(tmp_path / "b" / "run" / name) in text
+    assert Image.open(tmp_path / "b" / "run" / "data_plan.png").width == 1100
+
+
+def test_plan_shows_the_shares_that_are_asked_for(capsys, data, tmp_path):
+    _, text, found = plan(
+        capsys, data, tmp_path, "+data.media_shares={image:0.9,video:0.1}", "--ranks=2"
+    )
+    assert found["shares"]["media"] == pytest.approx({"image": 0.9, "video": 0.1})
+    assert "  media    image 90.0%, video 10.0%" in text
+    images = [row for row in found["buckets"] if row["bucket"].startswith("1x")]
+    assert sum(row["share"] for row in images) == pytest.approx(0.9)
+
+
+def test_forecast_is_of_the_size_that_is_asked_for(capsys, data, tmp_path):
+    _, text, found = plan(capsys, data, tmp_path, "data.global_samples=12", "--ranks=2")
+    forecast = found["forecast"]
+    assert (forecast["samples"], forecast["steps"]) == (12, 50)
+    assert forecast["steps_per_epoch"] == pytest.approx(20 / 12)
+    assert 0.5 < forecast["lockstep"] <= forecast["step"] <= 1
+    assert "an update on 2 ranks, mean of the first 50\n  12.0 samples" in text
+
+
+def test_left_out_files_are_counted_by_reason_with_a_few_examples(capsys, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(7):
+        (clips / f"empty{number}.png").write_bytes(b"")
+        (clips / f"empty{number}.txt").write_text("nothing")
+    for name, size in (("good", (64, 64)), ("long", (1280, 64)), ("silent", (64, 64))):
+        Image.new("RGB", size).save(clips / f"{name}.png")
+    (clips / "good.txt").write_text("a good one")
+    (clips / "long.txt").write_text("a long one")
+    code, text, found = plan(capsys, tmp_path, tmp_path)
+    assert code == 0
+    assert [(item["reason"], item["count"]) for item in found["left_out"]] == [
+        ("empty", 7),
+        ("crop", 1),
+        ("no_caption", 1),
+    ]
+    lines = text.splitlines()
+    start = lines.index("9 files are left out")
+    assert lines[start + 1] == "  7 empty"
+    assert lines[start + 2] == "    empty0.png: the file is empty (0 bytes)"
+    assert lines[start + 7] == "    and 2 more"
+    assert lines[start + 9].startswith("    long.png: aspect 20:1 is too far from every bucket")
+    assert lines[start + 11] == "    silent.png: no caption: silent.txt is missing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "hunyuan-train plan: plan what; topics are data: buckets"),
+        (["memory"], "hunyuan-train plan: memory cannot be planned; topics are data: buckets"),
+        (["data", "--ranks", "two"], "--ranks two: write a number like --ranks 8"),
+        (["data", "--ranks=0"], "--ranks 0: write a number like --ranks 8"),
+        (["data", "--ranks"], "--ranks (nothing): write a number like --ranks 8"),
+        (["data", "data.max_tokens=0"], "data.max_tokens=0 leaves the batches to the memory"),
+        (["data"], "data.latents is empty"),
+        (["data", "data.latents=no/such/store"], "no/such/store/meta.json"),
+        (["data", "data.source=no/such", "data.latents=x"], "data.source=no/such does not exist"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_sentence(capsys, arguments, message):
+    assert main(["plan", *arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+def test_selection_of_nothing_lists_what_there_is(capsys, data, tmp_path):
+    code, text, found = plan(capsys, data, tmp_path, "data.train_anchors=[96]")
+    assert (code, found) == (2, None)
+    assert "data.train_anchors=[96]" in text
+    assert "anchor 64: 1x64x64 (" in text

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -143,6 +144,52 @@ def test_changed_caption_redoes_only_its_text(clips):
     }
 
 
+def test_every_rendering_of_a_caption_is_encoded(clips, monkeypatch):
+    variants = ("a red ball", "a ball", "?")  # the fake encoder sees no token in the last
+
+    def listed(*args: object):
+        listing = list_sources(str(clips))
+        changes = {"captions": variants, "concept": "toy", "repeat": 3}
+        sources = [
+            dataclasses.replace(source, **changes) if source.file == "v0.mp4" else source
+            for source in listing.sources
+        ]
+        return dataclasses.replace(listing, sources=sources)
+
+    monkeypatch.setattr("hunyuan_train.engine.precompute.list_sources", listed)
+    _, _, text = run(config(clips))
+    assert {*variants} < {*text.captions}
+    store = open_store(clips)
+    rows = {row.sample_id: row for row in rows_of(store)}
+    row = rows["v0.mp4@48:5x32x48"]
+    assert [text.caption for text in row.texts] == ["a red ball", "a ball"]
+    assert (row.concept, row.repeat) == ("toy", 3)
+    number = list(rows).index(row.sample_id)
+    assert store.load(number, 0).text.states[:, 0].tolist() == [1, 3, 4]
+    assert store.load(number, 1).text.states[:, 0].tolist() == [1, 4]
+    groups = [(group.concept, group.repeat, group.count) for group in store.index.groups]
+    assert groups == [("", 1, 4), ("", 1, 2), ("toy", 3, 1), ("toy", 3, 1)]
+
+
+def test_a_list_of_the_former_format_is_redone(clips):
+    run(config(clips))
+    store = open_store(clips)
+    for path in (clips.parent / "store" / "parts").glob("*.jsonl"):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        for entry in entries:
+            if "text" in entry:
+                entry["text"] = f"former-{entry['text']}"
+                for name in ("offset", "nbytes", "digest"):
+                    del entry[name]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    _, vae, text = run(config(clips))
+    assert vae.clips == 0
+    assert len(text.captions) > 0
+    assert [row.sample_id for row in rows_of(open_store(clips))] == [
+        row.sample_id for row in rows_of(store)
+    ]
+
+
 def test_changed_added_and_removed_files(clips):
     run(config(clips))
     write_image(clips / "i0.png", level=200)
@@ -171,7 +218,13 @@ def test_renamed_file_keeps_its_latents(clips):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"anchors": [64]}, {"max_fps": 20.0}, {"storage_dtype": StorageDtype.bfloat16}]
+    "settings",
+    [
+        {"anchors": [64]},
+        {"max_fps": 20.0},
+        {"max_crop_loss": 0.9},
+        {"storage_dtype": StorageDtype.bfloat16},
+    ],
 )
 def test_changed_setting_redoes_everything(clips, settings):
     run(config(clips))

@@ -1,0 +1,138 @@
+"""Samples of all stores through workers: threads read what is stored, processes decode clips."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.data.collate import Batch, check_sample, choose_caption
+from hunyuan_train.data.config import DataConfig
+from hunyuan_train.data.index import SampleRow
+from hunyuan_train.data.quarantine import SampleError
+from hunyuan_train.data.store import Sample, SampleStore
+from hunyuan_train.data.workers import ProcessWorkers, ThreadWorkers, Workers
+
+
+@runtime_checkable
+class EncodingStore(Protocol):
+    """A store whose samples are decoded in a process, then encoded on the rank's device."""
+
+    decode: Callable[..., Any]
+    """What a process runs for one sample; it does not import torch."""
+
+    def job(self, row: SampleRow) -> tuple[Any, ...]:
+        """Return the arguments of ``decode`` for a row."""
+        ...
+
+    def raw_bytes(self, bucket: Bucket) -> int:
+        """Return the memory of one decoded sample that waits to be encoded."""
+        ...
+
+    def encode(self, requests: "list[Request]", decoded: list[Any]) -> list[Sample | SampleError]:
+        """Turn what ``decode`` returned for samples of one bucket into samples."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Request:
+    """One sample that was asked for, and its place in a batch."""
+
+    place: int
+    number: int
+    """Row of the store."""
+    row: SampleRow
+    epoch: int
+    variant: int
+    """Which of its captions."""
+    future: "Future[Any]"
+
+
+class Fetcher:
+    """Runs the workers of a rank.
+
+    Args:
+        stores: The stores; samples are asked for by their number in this list.
+        cfg: Number of workers, and the time they have for one sample.
+    """
+
+    def __init__(self, stores: Sequence[SampleStore], cfg: DataConfig) -> None:
+        self._stores = stores
+        self._workers: list[Workers] = []
+        threads: ThreadWorkers | None = None
+        for store in stores:
+            if isinstance(store, EncodingStore):
+                processes = ProcessWorkers(store.decode, cfg.workers, cfg.worker_timeout_s)
+                self._workers.append(processes)
+            else:
+                threads = threads or ThreadWorkers(_load, cfg.workers, cfg.worker_timeout_s)
+                self._workers.append(threads)
+
+    def ask(self, source: int, number: int, place: int, epoch: int, seed: int) -> Request:
+        """Have a worker load row ``number`` of a store, for ``place`` of a batch."""
+        store = self._stores[source]
+        row = store.index.row(number)
+        variant = choose_caption(row, seed, epoch)
+        if isinstance(store, EncodingStore):
+            arguments = store.job(row)
+        else:
+            arguments = (store, number, variant)
+        future = self._workers[source].submit(row.sample_id, *arguments)
+        return Request(
+            place=place, number=number, row=row, epoch=epoch, variant=variant, future=future
+        )
+
+    def fill(self, source: int, batch: Batch, requests: list[Request]) -> dict[int, SampleError]:
+        """Wait for samples and put the good ones into their batch.
+
+        Returns:
+            What is wrong with the others, by place.
+
+        Raises:
+            CancelledError: The workers were stopped.
+        """
+        store = self._stores[source]
+        found = {request: _outcome(request.future) for request in requests}
+        if isinstance(store, EncodingStore):
+            asked = [key for key, value in found.items() if not isinstance(value, SampleError)]
+            encoded = store.encode(asked, [found[request] for request in asked])
+            found.update(zip(asked, encoded, strict=True))
+        bad: dict[int, SampleError] = {}
+        for request, sample in found.items():
+            try:
+                if isinstance(sample, SampleError):
+                    raise sample
+                check_sample(sample, request.row, store.meta)
+            except SampleError as error:
+                bad[request.place] = error
+            else:
+                batch.put(request.place, request.row, request.epoch, request.variant, sample)
+        return bad
+
+    def raw_bytes(self, source: int, bucket: Bucket) -> int:
+        """Return the memory that one sample takes before it is in its batch."""
+        store = self._stores[source]
+        return store.raw_bytes(bucket) if isinstance(store, EncodingStore) else 0
+
+    def stop(self) -> None:
+        """Cancel everything without waiting for it."""
+        for workers in self._workers:
+            workers.stop()
+
+    def close(self) -> None:
+        """Stop the workers and wait for them."""
+        self.stop()
+        for workers in self._workers:
+            workers.close()
+
+
+def _load(store: SampleStore, number: int, variant: int) -> Sample:
+    return store.load(number, variant)
+
+
+def _outcome(future: "Future[Any]") -> Any:
+    """Return what a worker found, a bad sample included; other errors are raised."""
+    try:
+        return future.result()
+    except SampleError as error:
+        return error
