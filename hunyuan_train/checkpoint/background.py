@@ -61,7 +61,7 @@ class BackgroundSaver:
             self._memory.grow(size, cuda=any(part.is_cuda for part in live))
         except OSError as error:
             problem = str(error)
-        broken = not self._usable or self._writer.process.poll() is not None
+        broken = not self._usable or not self._writer.alive()
         answers = self._ranks.gather((problem, broken))
         if problem := next((problem for problem, _ in answers if problem), ""):
             if self._ranks.is_first:

@@ -53,6 +53,10 @@ class WriterProcess:
         self._pipe.send(setup)
         self._rank = setup.rank
 
+    def alive(self) -> bool:
+        """Return whether the process still runs; ask when no answer is due."""
+        return self.process.poll() is None and not self._pipe.poll()
+
     def order(self, order: Order) -> None:
         """Have a checkpoint written; the tensors are in the memory already."""
         size = send_large(self._message, order)

@@ -148,13 +148,13 @@ def _join(setup: Setup) -> CheckpointWriter:
 
 def _carry_out(order: Order, writer: CheckpointWriter, tensors: int) -> tuple[str, bool]:
     """Write one checkpoint; return why it failed, if so, and whether the group still works."""
-    job = SaveJob(
-        step=order.step,
-        flat=open_tensors(tensors, order.places),
-        extra=order.extra,
-        score=order.score,
-    )
     try:
+        job = SaveJob(
+            step=order.step,
+            flat=open_tensors(tensors, order.places),
+            extra=order.extra,
+            score=order.score,
+        )
         return writer.write(job), True
     except Exception as error:
         # Whatever it is, the run goes on: a writer of another rank that died shows up here too.
