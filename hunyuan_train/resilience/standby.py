@@ -163,6 +163,7 @@ def serve(connection: socket.socket, preload: Sequence[str]) -> None:
                 _obey(connection, children, json.loads(data))
     for pid in children.values():
         _kill_group(pid, signal.SIGKILL)
+    os._exit(0)  # what was imported may complain when it is torn down
 
 
 def _obey(connection: socket.socket, children: dict[int, int], message: dict[str, Any]) -> None:

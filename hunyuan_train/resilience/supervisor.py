@@ -26,7 +26,7 @@ from hunyuan_train.resilience.board import (
     own_address,
 )
 from hunyuan_train.resilience.config import LaunchConfig, ResilienceConfig
-from hunyuan_train.resilience.crashes import EXIT_PREEMPTED
+from hunyuan_train.resilience.crashes import EXIT_PREEMPTED, Failure, Kind, culprits
 from hunyuan_train.resilience.decisions import (
     Alarm,
     Begin,
@@ -218,14 +218,15 @@ class Supervisor:
             return
         attempt, node = agent.order.attempt, agent.order.node
         for failure in agent.poll():
-            log.warning("%s", failure.sentence())
-            fields = {"fault": failure.kind, "sentence": failure.sentence(), "step": failure.step}
-            self._events.emit(
-                EventKind.detected, attempt=attempt, rank=failure.rank, node=node, **fields
-            )
+            if failure.kind is Kind.peer:
+                log.debug("%s", failure.sentence())
+            else:
+                self._tell_failure(attempt, failure)
         if agent.failed:
-            why = agent.failures[0].sentence()
-            self._board.put(f"alarm-{attempt}", {"node": node, "why": why})
+            cause = culprits(agent.failures)[0]
+            if self._board.put(f"alarm-{attempt}", {"node": node, "why": cause.sentence()}):
+                if cause.kind is Kind.peer:
+                    self._tell_failure(attempt, cause)
             agent.stop()
         elif self._monitor is not None and now >= self._next_check and not agent.ended:
             self._next_check = now + POLL_S
@@ -233,6 +234,13 @@ class Supervisor:
         if agent.ended:
             self._report(node, self._board.attempts.get(attempt), agent)
             self._agent = None
+
+    def _tell_failure(self, attempt: int, failure: Failure) -> None:
+        log.warning("%s", failure.sentence())
+        self._events.emit(
+            EventKind.detected, attempt=attempt, rank=failure.rank, node=failure.node,
+            fault=failure.kind, step=failure.step, sentence=failure.sentence(),
+        )  # fmt: skip
 
     def _report(self, node: int, attempt: Attempt | None, agent: Agent | None) -> None:
         number = attempt.plan.attempt if attempt is not None else -1
