@@ -89,6 +89,14 @@ def test_a_mixture_needs_its_kinds() -> None:
     assert not show(guard, 32, 1.5, kind="rare")[1]
 
 
+def test_a_kind_has_its_own_limit() -> None:
+    guard = guard_of()
+    for step in range(1, 61):
+        show(guard, step, 1.0 if step % 2 else 0.1, kind="high" if step % 2 else "low")
+    assert not show(guard, 61, 1.0, kind="high")[1]
+    assert show(guard, 62, 0.3, kind="low")[1]
+
+
 def test_spikes_do_not_move_the_level_and_too_many_in_a_row_stop_the_run() -> None:
     guard = warmed(guard_of(max_skipped=5))
     limit = guard.limit()

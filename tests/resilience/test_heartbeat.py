@@ -1,5 +1,6 @@
 """The record of a rank: cheap to write, whole to read, from outside and after a crash."""
 
+import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -89,6 +90,54 @@ def test_readings_are_whole_while_the_rank_writes_and_after_it_is_stopped(tmp_pa
     finally:
         process.kill()
         process.join(10)
+
+
+def test_a_write_that_was_cut_off_leaves_the_reading_before_it(tmp_path: Path) -> None:
+    heart, path = Heartbeat(tmp_path, 0, 0, stacks=False), beat_path(tmp_path, 0, 0)
+    for name in ("data", "forward", "backward", "update"):
+        before = path.read_bytes()
+        heart.phase(name)
+        after = path.read_bytes()
+        changed = [n for n in range(len(after)) if before[n] != after[n]]
+        for cut in changed[1:]:
+            path.write_bytes(after[:cut] + before[cut:])
+            beat = read_beat(path)
+            assert beat is not None
+            assert beat.phase != name
+        path.write_bytes(after)
+        assert read_beat(path).phase == name  # type: ignore[union-attr]
+
+
+def test_a_write_during_a_reading_is_noticed(tmp_path: Path) -> None:
+    heart, path = Heartbeat(tmp_path, 0, 0, stacks=False), beat_path(tmp_path, 0, 0)
+    heart.beat(1, 1.0)
+    before = path.read_bytes()
+    heart.beat(2, 2.0)
+    heart.beat(3, 3.0)
+    after = path.read_bytes()
+    # The numbers of a slot from after the writes, what is between them from before.
+    mixed = bytearray(before)
+    for start in (128, 256):
+        slot = after[start : start + 128].rstrip(b"\0")
+        last = start + len(slot)
+        mixed[start : start + 8] = after[start : start + 8]
+        mixed[last - 8 : last + 8] = after[last - 8 : last + 8]
+
+    class Torn:
+        def __init__(self) -> None:
+            self.readings = [bytes(mixed), after, after]
+
+        def open(self, *_: object, **__: object) -> Any:
+            return contextlib.nullcontext(self)
+
+        def read(self, _: int) -> bytes:
+            return self.readings.pop(0)
+
+        def seek(self, _: int) -> None: ...
+
+    beat = read_beat(Torn())  # type: ignore[arg-type]
+    assert beat is not None
+    assert (beat.step, beat.step_s) == (3, 3.0)
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
