@@ -6,6 +6,9 @@ from collections.abc import Callable
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.ranks import Ranks
 
+_MOST_STEPS = 20
+"""Steps between two questions at most: the next bucket may take many times as long."""
+
 
 class Cadence:
     """Every so many steps, and every so many seconds by the first rank's clock.
@@ -32,7 +35,7 @@ class Cadence:
         left = self._saved_at + self._cfg.every_s - now
         if left > 0 and self._asked is not None and step > self._asked[0]:
             pace = (now - self._asked[1]) / (step - self._asked[0])
-            wait = max(1, int(min(left / max(pace, 1e-9) / 2, 1000)))
+            wait = max(1, int(min(left / max(pace, 1e-9) / 2, _MOST_STEPS)))
         self._asked = (step, now)
         due, wait = self._ranks.from_first((left <= 0, wait))
         self._ask_at = step + wait

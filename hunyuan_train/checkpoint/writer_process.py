@@ -172,4 +172,3 @@ def _end_with(trainer: int) -> None:
     while os.getppid() == trainer:
         time.sleep(_WATCH_S)
     os._exit(1)
-

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from writers import held
 
 from hunyuan_train.checkpoint.cadence import Cadence
 from hunyuan_train.checkpoint.config import CheckpointConfig
@@ -63,12 +66,12 @@ CHANGES = [
     ({"loss": 0.1234568}, "loss is 0.1234568 here and was 0.1234567 there, on the same samples"),
     ({"grad_norm": 2.5000001}, "grad_norm is 2.5000001 here and was 2.5 there"),
     ({"grad_norm": float("nan")}, "grad_norm is nan here and was 2.5 there"),
-    ({"samples": "00ac"}, "trained on other samples .digest 00ac of 4 .* here, 00ab of 4 .* there"),
+    ({"samples": "00ac"}, "trained on other samples .digest 00ac of 4 .* here, 00ab of 4 there"),
     ({"num_samples": 5}, "trained on other samples"),
     (
         {"layout": "tp=2 world=2", "loss": 0.12346},
-        r"loss is 0.12346 here \(tp=2 world=2\) and was 0.1234567 there \(tp=1 world=2\), more than "
-        r"checkpoint.replay_tolerance=1e-05 apart",
+        r"loss is 0.12346 here \(tp=2 world=2\) and was 0.1234567 there \(tp=1 world=2\), more "
+        r"than checkpoint.replay_tolerance=1e-05 apart",
     ),
     ({"versions": "cuda", "loss": 0.12346}, "more than checkpoint.replay_tolerance"),
     ({"layout": "tp=2", "loss": float("nan")}, "more than checkpoint.replay_tolerance"),
@@ -113,7 +116,7 @@ def test_without_a_token_the_log_says_so_and_the_update_is_kept_now(
     assert run.replay_due(11)
     run.check_replay(replace(TOKEN, loss=9.0))
     run.record_replay(10, TOKEN)
-    with pytest.raises(ValueError, match="loss is 3.0 here"):
+    with pytest.raises(ValueError, match=r"loss is 3\.0 here"):
         resumed(tmp_path).check_replay(replace(TOKEN, loss=3.0))
 
 
@@ -148,8 +151,6 @@ def test_it_can_be_left_out(tmp_path: Path):
 
 @pytest.mark.dist
 def test_a_token_known_before_its_checkpoint_is_there_is_written_after_it(tmp_path: Path):
-    from writers import held
-
     run = manager(tmp_path)
     run.start(STATE)
     run.save(10, STATE, {})
@@ -166,9 +167,6 @@ def test_a_token_known_before_its_checkpoint_is_there_is_written_after_it(tmp_pa
     run.save(30, STATE, {})
     with held(run.writer_pid):
         run.record_replay(30, TOKEN)
-        import os
-        import signal
-
         os.kill(run.writer_pid, signal.SIGKILL)
     assert run.finish()[-1].failure
     run.close()
@@ -232,6 +230,6 @@ def test_the_clock_alone(tmp_path: Path):
     for step in range(1, 5):
         assert not cadence.due(step)
     now[0] = 5.0
-    assert any(cadence.due(step) for step in range(5, 8))
+    assert any(cadence.due(step) for step in range(5, 30))
     off = Cadence(CheckpointConfig(every_steps=0), Ranks(alone=True), lambda: 1e9)
     assert not any(off.due(step) for step in range(100))
