@@ -14,16 +14,21 @@ each by its own allowance since it last got on:
   buffers), for the start and for evaluation, five times for a checkpoint, and twice for data. Of
   the last three never less than twice the usual time. ``watchdog_s`` while nothing is usual yet.
 
+On a GPU the host marks phases ahead of the device; a kernel that hangs stops the host in the next
+phase that waits for the device, on all ranks in the same one.
+
 Ranks that are equally far are told apart by their stacks: those in other code than a collective
 are to blame. A process that is gone or stopped is to blame wherever it is.
 """
 
+import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from hunyuan_train.resilience.config import ResilienceConfig
 from hunyuan_train.resilience.heartbeat import (
@@ -86,6 +91,11 @@ class RankState:
     busy: float = 0.0
     cost: float = 0.0
 
+    @classmethod
+    def received(cls, values: Mapping[str, Any]) -> "RankState":
+        """Return the state that ``dataclasses.asdict`` and JSON carried here."""
+        return cls(**{**values, "progress": tuple(values["progress"])})
+
     @property
     def overdue(self) -> bool:
         """Whether it used up its allowance."""
@@ -103,11 +113,15 @@ class Verdict:
     phase: str
     bucket: str
     seconds: float
+    waits: str
+    """What its stack says, see ``Stack.waits``."""
     sentence: str
 
 
 def allowance(beat: Beat | None, cfg: ResilienceConfig) -> float:
     """Return the seconds a rank may take to get on from where it is."""
+    if not cfg.watchdog_s:
+        return math.inf
     if beat is None:
         return _PATIENCE["start"] * cfg.watchdog_s
     usual_s = max(beat.typical_s, beat.typical_step_s)
@@ -205,7 +219,7 @@ def _verdict(state: RankState, waiting: list[int], *, together: bool) -> Verdict
 def _as_verdict(kind: Fault, state: RankState, sentence: str) -> Verdict:
     return Verdict(
         kind=kind, rank=state.rank, node=state.node, step=state.step, phase=state.phase,
-        bucket=state.bucket, seconds=state.still_s, sentence=sentence,
+        bucket=state.bucket, seconds=state.still_s, waits=state.waits, sentence=sentence,
     )  # fmt: skip
 
 
@@ -215,13 +229,14 @@ class Monitor:
     Call :meth:`check` every :data:`POLL_S` seconds. What it returns is what is wrong at the moment:
     the same fault comes again at the next call, first the culprits and then those who wait for
     them. Where ranks run on several nodes, send :meth:`observe` to the supervisor, let it
-    :func:`judge` all of them, and call :meth:`dump` here when it finds a fault.
+    :func:`judge` all of them, and call :meth:`dump` here when it finds a fault; after that the
+    states say who waits in a collective. Alone, a node whose ranks all wait blames them all.
     """
 
     def __init__(
         self, run_dir: str | Path, attempt: int, ranks: Iterable[int], cfg: ResilienceConfig
     ) -> None:
-        """Start to watch, best before the ranks start.
+        """Start to watch, before the ranks start: records of processes that are gone are removed.
 
         Args:
             run_dir: Folder of the run.
@@ -234,6 +249,11 @@ class Monitor:
         self._beats: dict[int, Beat | None] = dict.fromkeys(self._ranks)
         self._still_s = dict.fromkeys(self._ranks, 0.0)
         self._waits: dict[int, tuple[int, str]] = {}
+        for rank in self._ranks:
+            path = beat_path(run_dir, attempt, rank)
+            old = read_beat(path)
+            if old is not None and _process(replace(old, phase="")) == "dead":
+                path.unlink()
         self._dumped: list[tuple[int, Beat | None]] = []
         self._last: float | None = None
         self.stacks = ""

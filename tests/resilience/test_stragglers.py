@@ -6,9 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from watched_ranks import SETTINGS, Ranks
 
 from hunyuan_train.resilience.config import ResilienceConfig
+from hunyuan_train.resilience.own_speed import OwnSpeed
 from hunyuan_train.resilience.stragglers import (
     StragglerDetector,
     relative_slowness,
@@ -136,3 +138,13 @@ def test_the_slow_one_of_ranks_in_lockstep_is_found_from_its_heartbeats(tmp_path
     assert [straggler.rank for straggler in found] == [2]
     assert 1.3 < found[0].slowness < 2.5
     assert max(state.step for state in states) - min(state.step for state in states) <= 1
+
+
+def test_own_speed_times_the_same_work_again_and_again() -> None:
+    probe = OwnSpeed(torch.device("cpu"))
+    assert probe.seconds() is None
+    times = []
+    for _ in range(20):
+        probe.run()
+        times.append(probe.seconds())
+    assert 0 < min(times) <= max(times) < 1  # type: ignore[type-var]

@@ -1,8 +1,11 @@
 """Who is to blame when ranks stop getting on: real processes, real faults."""
 
+import json
 import signal
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -172,20 +175,30 @@ def test_stillness_does_not_count_while_the_monitor_itself_did_not_run(tmp_path:
     assert monitor.observe(now=1000.0)[0].still_s == 2.0
 
 
+def test_records_of_an_earlier_run_are_forgotten(tmp_path: Path) -> None:
+    code = "from hunyuan_train.resilience.heartbeat import Heartbeat\n"
+    code += f"Heartbeat({str(tmp_path)!r}, 0, "
+    for rank, end in ((0, ")"), (1, ").__exit__(None, None, None)")):
+        subprocess.run([sys.executable, "-c", f"{code}{rank}{end}"], check=True)
+    monitor = Monitor(tmp_path, 0, [0, 1], SETTINGS)
+    assert [state.process for state in monitor.observe()] == ["missing", "missing"]
+    assert monitor.check() == []
+
+
 def test_a_pid_that_belongs_to_another_process_now_is_a_dead_rank(tmp_path: Path) -> None:
     marked(tmp_path, "forward", 1)
-    path = beat_path(tmp_path, 0, 0)
+    monitor, path = Monitor(tmp_path, 0, [0], SETTINGS), beat_path(tmp_path, 0, 0)
     data = bytearray(path.read_bytes())
     at = data.index(read_beat(path).started.to_bytes(8, "little"))  # type: ignore[union-attr]
     data[at] ^= 1
     path.write_bytes(data)
-    monitor = Monitor(tmp_path, 0, [0], SETTINGS)
     assert [verdict.kind for verdict in monitor.check()] == [Fault.dead]  # and was sent no signal
 
 
 def test_nothing_is_watched_without_watchdog_s(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, 0, [0], ResilienceConfig())
     assert [monitor.check(now) for now in (0, 1e3, 1e6)] == [[], [], []]
+    assert [judge(monitor.observe(now)) for now in (2e6, 3e6)] == [[], []]
 
 
 def state(rank: int, step: int, place: int, still: float, **changes: object) -> RankState:
@@ -232,6 +245,19 @@ def test_gone_and_stopped_ranks_are_to_blame_wherever_they_are() -> None:
     assert [v.rank for v in judge(failed)] == [2, 0, 1], "the first exception comes first"
     first = judge([*failed, state(3, 8, 5, 0.1, process="dead")])[0]
     assert (first.rank, first.kind) == (3, Fault.dead)
+
+
+def test_states_of_several_nodes_are_judged_together() -> None:
+    """As JSON brings them to the supervisor; a node that only waits is not to blame."""
+    near = [state(rank, 7, 5, 9.0, node=0) for rank in (0, 1)]
+    far = [state(2, 7, 5, 9.0, node=1), state(3, 7, 4, 9.0, node=1)]
+    sent = json.loads(json.dumps([asdict(each) for each in near + far]))
+    verdicts = judge([RankState.received(values) for values in sent])
+    assert [(v.rank, v.node, v.kind) for v in verdicts[:2]] == [
+        (3, 1, Fault.hung),
+        (0, 0, Fault.waiting),
+    ]
+    assert blamed(near) == [0, 1]
 
 
 def test_the_sentence_names_rank_place_time_and_who_waits() -> None:
