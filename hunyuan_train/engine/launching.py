@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.resilience.health import preflight
+from hunyuan_train.resilience.health import Health, preflight
 from hunyuan_train.resilience.layouts import Job, heads_fit, parse
 from hunyuan_train.resilience.supervisor import Launch, Supervisor
 
@@ -30,10 +30,15 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             run_dir=run_dir,
             argv=("-m", "hunyuan_train", verb, *kept),
             preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}",),
-            preflight=partial(preflight, run_dir) if cfg.launch.preflight else None,
+            preflight=partial(check_machine, cfg) if cfg.launch.preflight else None,
             lease_s=getattr(cfg.launch, "lease_s", 10.0),
         )
     ).run()
+
+
+def check_machine(cfg: RunConfig) -> Health:
+    """Check this machine for its part of the run."""
+    return preflight(Path(cfg.run.dir), cfg.launch.ranks_per_node, cfg.run.device)
 
 
 def job_of(cfg: RunConfig) -> Job:

@@ -119,6 +119,8 @@ class Board:
         """Of this job: those after the last stop."""
         self.members: dict[int, Member] = {}
         """The living ones, this one included."""
+        self.skew_s: dict[int, float] = {}
+        """By how much this clock was ahead of each member's, at least: the delay is in it, too."""
         self.scan()
         self.joined = max(self.stops, default=-1)
         """The last stop before this agent came: earlier ones are other jobs."""
@@ -210,6 +212,9 @@ class Board:
         beat, since = self._seen.get(ticket, (-1, now))
         if member.beat != beat:
             self._seen[ticket] = (member.beat, now)
+            if beat >= 0:  # seen as it came
+                ahead = time.time() - member.wall
+                self.skew_s[ticket] = min(ahead, self.skew_s.get(ticket, ahead))
         elif now - since > self._lease_s:
             self._gone.add(ticket)
         if member.left or (member.machine == _machine() and not _runs(member)):

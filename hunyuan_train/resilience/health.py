@@ -1,7 +1,7 @@
 """Checks of a machine before it takes part in a run, and of machines against each other.
 
 Free of torch. :func:`preflight` takes well under three seconds and is what ``launch`` runs;
-``hunyuan-train doctor`` adds what needs torch and the network (:mod:`.bandwidth`).
+``hunyuan-train doctor`` adds what needs torch and the network (:mod:`.probe`).
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ MIN_HOST_FREE = 0.05
 """Share of the host's memory that must be free."""
 MIN_GPU_FREE = 0.9
 """Share of a GPU's memory that must be free: less means that another process is on it."""
-SLOW_FACTOR = 0.7
+SLOW_FACTOR = 0.5
 """A machine whose matrix products run below this share of the median is called slow."""
 SKEW_S = 2.0
 """Difference of the clocks of two machines above which their logs cannot be read together. Nothing
@@ -82,11 +82,13 @@ class Health:
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-def preflight(run_dir: Path) -> Health:
+def preflight(run_dir: Path, ranks: int = 0, device: str = "auto") -> Health:
     """Check this machine: versions, memory, GPUs, disk and speed.
 
     Args:
         run_dir: Folder of the run; its disk is the one that counts.
+        ranks: Processes it has to run, each of which needs a GPU if this machine has any.
+        device: ``run.device``; cpu needs no GPU, cuda does.
     """
     started = time.monotonic()
     health = Health(
@@ -100,6 +102,9 @@ def preflight(run_dir: Path) -> Health:
             health.complaints += check(health, run_dir)
         except OSError as error:
             health.complaints.append(f"{check.__name__.replace('_', ' ')}: {error}")
+    found = len(health.gpus)
+    if device != "cpu" and found < ranks and (found or device == "cuda"):
+        health.complaints.append(f"nvidia-smi lists {found} GPUs, and {ranks} ranks need one each")
     health.seconds = time.monotonic() - started
     return health
 

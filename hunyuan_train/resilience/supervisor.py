@@ -20,6 +20,7 @@ from hunyuan_train.resilience.agent import Agent, Order
 from hunyuan_train.resilience.board import (
     Attempt,
     Board,
+    Member,
     Report,
     free_port,
     newest_checkpoint,
@@ -88,6 +89,8 @@ class Supervisor:
         self._signals = 0
         self._done_attempt = -1  # the last one this node has reported
         self._told = ""
+        self.planned: dict[int, Member] = {}
+        """The members of the last attempt, by ticket in the order of their nodes."""
         self._ended = -1  # the last attempt whose end this leader has told
         self._begin_at: dict[int, float] = {}
         self._next_beat = self._next_scan = self._next_check = self._leave_at = 0.0
@@ -142,6 +145,11 @@ class Supervisor:
                 return EXIT_PREEMPTED
             time.sleep(TICK_S)
 
+    @property
+    def skew_s(self) -> dict[int, float]:
+        """By how much this machine's clock is ahead of each member's."""
+        return self._board.skew_s
+
     def _may_leave(self, now: float) -> bool:
         """Whether a machine that was asked to end need not wait for the verdict on the job."""
         last = self._last()
@@ -169,6 +177,8 @@ class Supervisor:
     def _follow(self) -> None:
         """Start, ask or stop the ranks as the newest attempt wants it."""
         last = self._last()
+        if last is not None and all(t in self._board.members for t in last.plan.tickets):
+            self.planned = {t: self._board.members[t] for t in last.plan.tickets}
         if self._agent is not None:
             if last is None or last.plan.attempt != self._agent.order.attempt or last.alarm:
                 self._kill_hung(last)

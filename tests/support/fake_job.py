@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-RANK = '''
+RANK = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
 rank, attempt = int(os.environ["RANK"]), int(os.environ["HUNYUAN_ATTEMPT"])
@@ -39,7 +39,7 @@ def serve_until_asked():
     note("up")
     wait_for(lambda: asked, 120)
     sys.exit(75)
-'''
+"""
 
 
 def launch(run_dir: Path, body: str, *fields: str) -> subprocess.Popen[str]:
