@@ -87,7 +87,7 @@ class RankState:
     limit_s: float = 0.0
     """Its allowance for that."""
     waits: str = ""
-    """What its stack says, see ``Stack.waits``; empty before a dump."""
+    """What its stack says, see ``Stack.waits``; empty before a dump, ``silent`` if none came."""
     busy: float = 0.0
     cost: float = 0.0
 
@@ -173,7 +173,10 @@ def _hung(active: Sequence[RankState]) -> list[RankState]:
     last = [state for state in active if state.progress == least]
     if not all(state.overdue for state in last):
         return []
-    busy = [state for state in last if state.waits in ("code", "")]
+    dumped = {bool(s.waits) for s in last if s.process in ("running", "blocked")}
+    if len(dumped) == 2:  # the stacks of another node are still to come
+        return []
+    busy = [state for state in last if state.waits in ("code", "silent", "")]
     if not busy:  # those behind wait, too: for a rank further on that does not
         busy = [state for state in active if state.waits == "code" and state.overdue]
     return busy or last
@@ -188,6 +191,7 @@ _WAITS = {
     "backward": " It is inside backward, computing or waiting for others.",
     "device": " It waits for its GPU.",
     "code": " It is in code that is no collective.",
+    "silent": " It did not write its stack.",
 }
 
 
@@ -344,7 +348,7 @@ class Monitor:
             found[rank] = parse_dump(text, beat.main_thread)
         for rank, stack in found.items():
             beat = self._beats[rank]
-            self._waits[rank] = (-1 if beat is None else beat.marks), stack.waits
+            self._waits[rank] = (-1 if beat is None else beat.marks), stack.waits or "silent"
         self.stacks = summary(found)
         return found
 

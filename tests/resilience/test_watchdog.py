@@ -137,7 +137,7 @@ def marked(tmp_path: Path, phase: str, times: int, seconds: float = 0.0) -> Hear
         ("forward", 0, 20, 20),  # a compiler may be at work
         ("forward", 1, 20, 20),
         ("forward", 2, 2, 2),  # nothing is usual yet
-        ("forward", 5, 0.5, 0.6),  # ten times the usual 0.05 s
+        ("forward", 5, 0.5, 0.9),  # ten times the usual 0.05 s
         ("save", 0, 10, 10),
         ("evaluate", 0, 20, 20),
         ("data", 5, 4, 4),
@@ -149,7 +149,7 @@ def test_phases_have_their_own_allowance(
     marked(tmp_path, phase, times, 0.05 if times == 5 else 0.0)
     beat = read_beat(beat_path(tmp_path, 0, 0))
     assert beat is not None
-    assert least <= allowance(beat, SETTINGS) <= most
+    assert least <= allowance(beat, replace(SETTINGS, watchdog_min_s=0.1)) <= most
 
 
 def test_allowances_follow_updates_that_are_rare_and_long(tmp_path: Path) -> None:
@@ -228,6 +228,9 @@ def test_of_equally_far_ranks_those_outside_collectives_are_to_blame() -> None:
     assert blamed(far) == [0, 1, 2, 3]
     far[3] = replace(far[3], waits="code")
     assert blamed(far) == [3]
+    # The stacks of another node may come later, or never.
+    assert blamed([*far[:3], replace(far[3], waits="")]) == []
+    assert blamed([*far[:3], replace(far[3], waits="silent")]) == [3]
     # A rank further on, but in other code, blames itself rather than those that wait for it.
     far[3] = replace(far[3], progress=(7, 1, 5, False))
     assert blamed(far) == [3]

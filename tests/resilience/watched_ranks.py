@@ -12,7 +12,7 @@ from hunyuan_train.resilience.config import ResilienceConfig
 from hunyuan_train.resilience.heartbeat import Heartbeat, beat_path, read_beat
 
 BUCKET = "17x256x256"
-SETTINGS = ResilienceConfig(watchdog_s=2, watchdog_min_s=0.5, stall_factor=10)
+SETTINGS = ResilienceConfig(watchdog_s=2, watchdog_min_s=1, stall_factor=10)
 
 
 def hang(fault: str) -> None:
