@@ -50,6 +50,10 @@ def follow(slurm: LocalSlurm, job: str, log: Path, what: str, true: Callable[[],
     assert not failed(), log.read_text()
 
 
+def done(slurm: LocalSlurm, job: str) -> bool:
+    return slurm.field(job, "JobState") == "COMPLETED"
+
+
 def last_step(run: Path) -> int:
     """Return the step of the last row that is complete, 0 if there is none."""
     path = run / "metrics.jsonl"
@@ -76,7 +80,7 @@ def test_run_warned_of_the_time_limit_is_requeued_and_ends_as_if_never_stopped(
     assert saved(broken, stopped)
     undisturbed = run_verb("train", overrides(data, straight, *extra), ranks=2)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    poll("done", lambda: slurm.field(job, "JobState") == "COMPLETED")
+    follow(slurm, job, log, "done", lambda: done(slurm, job))
 
     left, right = rows(straight), rows(broken)
     assert [row["step"] for row in right] == list(range(1, 41))
@@ -95,7 +99,7 @@ def test_preempted_run_goes_on_and_a_cancelled_one_saves_and_stays_away(
     poll("preempted", lambda: slurm.field(job, "Restarts") == "1")
     stopped = last_step(run)
     assert saved(run, stopped)
-    poll("the other job is done", lambda: slurm.field(high, "JobState") == "COMPLETED")
+    poll("the other job is done", lambda: done(slurm, high))
     poll("resumed", lambda: last_step(run) > stopped)
     assert [row["step"] for row in rows(run)] == list(range(1, last_step(run) + 1))
 
@@ -114,3 +118,29 @@ def test_bad_config_fails_with_its_sentence_and_is_not_requeued(
     assert slurm.field(job, "ExitCode") == "2:0"
     assert slurm.field(job, "Restarts") == "0"
     assert "stage.steps=0" in log.read_text()
+
+
+def test_chain_starts_a_stage_after_the_one_before_and_drops_it_if_that_failed(
+    slurm: LocalSlurm, data: Path, tmp_path: Path
+) -> None:
+    def chain(run: Path, *extra: str) -> list[str]:
+        return slurm.run(
+            str(LAUNCH / "slurm_chain.sh"),
+            "clips_image,clips_video",
+            *overrides(data, run, "stage.steps=3", *extra),
+            SBATCH_OUTPUT=str(tmp_path / "%x"),
+        )
+
+    run = tmp_path / "run"
+    first, second = chain(run)
+    assert slurm.field(second, "Dependency") == f"afterok:{first}(unfulfilled)"
+    follow(slurm, first, tmp_path / "clips_image", "first stage", lambda: done(slurm, first))
+    follow(slurm, second, tmp_path / "clips_video", "second stage", lambda: done(slurm, second))
+    ledger = json.loads((run / "curriculum.json").read_text())
+    assert list(ledger) == ["01-clips_image", "02-clips_video"]
+
+    broken, dropped = chain(tmp_path / "broken", "data.latents=nowhere")
+    poll("failed", lambda: slurm.field(broken, "JobState") == "FAILED")
+    assert "nowhere" in (tmp_path / "clips_image").read_text()
+    assert slurm.field(broken, "Restarts") == "0"
+    poll("dropped", lambda: slurm.field(dropped, "JobState") == "CANCELLED")

@@ -39,7 +39,8 @@ PreemptMode=REQUEUE
 KillWait=20
 SlurmdTimeout=5
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=2 Gres=gpu:8
+NodeName=DEFAULT CPUs=2 Gres=gpu:8
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}]
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
