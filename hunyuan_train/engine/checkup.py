@@ -106,6 +106,6 @@ def too_slow(measured: list[dict[str, Any]]) -> list[str]:
         if slowest < MIN_ALLREDUCE_MIB_S:
             complaints.append(
                 f"an all-reduce over all ranks runs at {slowest:.1f} MiB/s, at least "
-                f"{MIN_ALLREDUCE_MIB_S:.0f} is needed; check the network and which interface is used"
+                f"{MIN_ALLREDUCE_MIB_S:.0f} is needed; check which network interface is used"
             )
     return complaints

@@ -180,8 +180,10 @@ class Agent:
 
 
 class _Tail:
-    """Shows what a rank adds to its log. The rank writes the file itself: nothing is lost, and
-    nothing waits, when nobody reads."""
+    """Shows what a rank adds to its log.
+
+    The rank writes the file itself: nothing is lost, and nothing waits, when nobody reads.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path

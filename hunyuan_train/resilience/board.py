@@ -1,4 +1,4 @@
-"""Where the machines of a job meet: small files in ``run_dir/launch``, and no host that can be lost.
+"""Where the machines of a job meet: small files in ``run_dir/launch``, no host to be lost.
 
 Free of torch. Three rules make it safe without locks or a common clock:
 
@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,9 +122,6 @@ class Board:
         """The living ones, this one included."""
         self.skew_s: dict[int, float] = {}
         """By how much this clock was ahead of each member's, at least: the delay is in it, too."""
-        self.scan()
-        self.joined = max(self.stops, default=-1)
-        """The last stop before this agent came: earlier ones are other jobs."""
         self.me = Member(
             ticket=0,
             host=socket.gethostname(),
@@ -133,6 +131,9 @@ class Board:
             address=address,
             node_rank=node_rank,
         )
+        self.scan()
+        self.joined = max(self.stops, default=-1)
+        """The last stop before this agent came: earlier ones are other jobs."""
         self._take_ticket()
         self.scan()
 
@@ -181,11 +182,16 @@ class Board:
             # This process or the file system stood still: nobody is to blame for that while.
             self._seen = {ticket: (beat, now) for ticket, (beat, _) in self._seen.items()}
         self._scanned_at = now
-        self.members = {}
-        for path in (self.folder / "members").glob("*.json"):
-            ticket = int(path.stem)
-            if ticket not in self._gone and (member := self._look(path, ticket, now)) is not None:
-                self.members[ticket] = member
+        before, self.members = self.members, {}
+        names = set(os.listdir(self.folder / "members"))
+        for name in sorted(names):
+            stem, _, suffix = name.partition(".")
+            if suffix == "gone":
+                self._gone.add(int(stem))
+            elif suffix == "json" and stem.isdigit() and int(stem) not in self._gone:
+                member = self._look(int(stem), before, now)
+                if member is not None and f"{stem}.gone" not in names:
+                    self.members[int(stem)] = member
 
     def _take(self, name: str, content: dict[str, Any]) -> None:
         self._read[name] = content
@@ -204,11 +210,25 @@ class Board:
         elif number in self.attempts:
             _add(self.attempts[number], kind, content)
 
-    def _look(self, path: Path, ticket: int, now: float) -> Member | None:
+    def give_up(self, ticket: int) -> None:
+        """Tell everyone that a member is lost; if it lives after all it has to join anew."""
+        self._gone.add(ticket)
+        self.members.pop(ticket, None)
+        self._member_path(ticket).with_suffix(".gone").touch()
+
+    def rejoin(self) -> None:
+        """Take a new ticket if this agent was given up, for it stood still or saw no files."""
+        if self.me.ticket in self._gone:
+            self._take_ticket()
+            self.scan()
+
+    def _look(self, ticket: int, before: dict[int, Member], now: float) -> Member | None:
         try:
-            member = Member(**json.loads(path.read_text()))
+            member = Member(**json.loads(self._member_path(ticket).read_text()))
         except (OSError, ValueError):  # not there yet, or not whole on a slow file system
-            return self.members.get(ticket)
+            return before.get(ticket)
+        if ticket == self.me.ticket:
+            return member
         beat, since = self._seen.get(ticket, (-1, now))
         if member.beat != beat:
             self._seen[ticket] = (member.beat, now)
@@ -223,7 +243,7 @@ class Board:
 
     def _take_ticket(self) -> None:
         folder = self.folder / "members"
-        temporary = folder / f".new.{os.getpid()}"
+        temporary = folder / f".new.{uuid.uuid4().hex}"
         while True:
             self.me.ticket = max((int(p.stem) for p in folder.glob("*.json")), default=0) + 1
             temporary.write_text(json.dumps(asdict(self.me)))

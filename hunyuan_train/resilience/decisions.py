@@ -37,9 +37,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """The attempt cannot go on."""
+    """The attempt cannot go on: members are lost."""
 
     why: str
+    tickets: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def decide(facts: Facts) -> Decision:
     if reported < len(last.plan.tickets):
         if lost and last.alarm is None:
             hosts = ", ".join(f"node {node} ({last.plan.hosts[node]})" for node in lost)
-            return Alarm(f"{hosts} is gone")
+            return Alarm(f"{hosts} is gone", [last.plan.tickets[node] for node in lost])
         if last.alarm is None and not last.resize and _can_grow(facts):
             return Resize()
         return Wait()

@@ -132,6 +132,7 @@ class Supervisor:
                 members = len(self._board.members)
                 self._next_scan = now + max(_SCAN_S, _SCAN_PER_MEMBER_S * members)
                 self._board.scan()
+                self._board.rejoin()
                 self._follow()
             self._watch(now)
             over = [stop for n, stop in self._board.stops.items() if n > self._board.joined]
@@ -318,6 +319,8 @@ class Supervisor:
                 self._judge(last)
         elif isinstance(decision, Alarm):
             assert last is not None, "only a running attempt can be alarmed"
+            for ticket in decision.tickets:
+                board.give_up(ticket)
             self._alarm(last, {"why": decision.why})
         elif isinstance(decision, Resize):
             assert last is not None, "only a running attempt can grow"

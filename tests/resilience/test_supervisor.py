@@ -1,5 +1,6 @@
 """The supervisor with fake ranks: restarts, crash loops, its own death, machines that go and come."""
 
+import json
 import os
 import signal
 import socket
@@ -198,7 +199,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_also_of_the_one_that_led(
     ranks_up(tmp_path, 0, 4)
     poll((tmp_path / "launch/members/000003.json").exists, "the spare")
     planned = (tmp_path / "launch/plan-0.json").read_text()
-    tickets = eval(planned.replace("null", "None"))["tickets"]
+    tickets = json.loads(planned)["tickets"]
     by_pid = {process.pid: process for process in nodes}
     kill_node(by_pid.pop(member_pid(tmp_path, tickets[victim])))
     ranks_up(tmp_path, 1, 4)
@@ -210,8 +211,6 @@ def test_a_spare_takes_the_place_of_a_lost_node_also_of_the_one_that_led(
 
 
 def member_pid(run_dir: Path, ticket: int) -> int:
-    import json
-
     return json.loads((run_dir / f"launch/members/{ticket:06d}.json").read_text())["pid"]
 
 
@@ -269,6 +268,57 @@ serve_until_asked() if attempt < 2 else None
     assert "SIGSEGV" in excluded["why"]
     assert [e["node"] for e in events(tmp_path, "replaced")] == [1]
     assert len(events(tmp_path, "attempt_start")) == 3
+
+
+def test_a_node_that_stood_still_is_replaced_and_comes_back_as_a_spare(tmp_path: Path) -> None:
+    """Also where its process can be seen to live, silence for ``lease_s`` counts."""
+    fields = (*TWO, "spares=1", "lease_s=1")
+    nodes = [launch(tmp_path, NODES, *fields) for _ in range(3)]
+    ranks_up(tmp_path, 0, 4)
+    tickets = json.loads((tmp_path / "launch/plan-0.json").read_text())["tickets"]
+    still = member_pid(tmp_path, tickets[0])
+    os.kill(still, signal.SIGSTOP)
+    try:
+        ranks_up(tmp_path, 1, 4)
+    finally:
+        os.kill(still, signal.SIGCONT)
+    poll((tmp_path / "launch/members/000004.json").exists, "the one that woke up")
+    pids = [int(up.split()[0]) for (n, _), up in notes(tmp_path, "up").items() if n == 0]
+    poll(lambda: not any(map(runs, pids)), "the end of the old attempt everywhere")
+    assert len(events(tmp_path, "attempt_start")) == 2
+    end_all(tmp_path, *nodes)
+
+
+HANG = """
+from hunyuan_train.resilience.heartbeat import Heartbeat
+heart = Heartbeat(run_dir, attempt, rank, node=node)
+note("up", os.getpid())
+for step in range(1, 40):
+    for phase in ("data", "forward", "backward", "update"):
+        heart.phase(phase, "1x8x8")
+        time.sleep(0.005)
+        if attempt == 0 and rank == 1 and step == 20 and phase == "forward":
+            time.sleep(300)
+    heart.phase("backward", "1x8x8")
+    while attempt == 0 and step == 20:  # as in a collective that rank 1 never joins
+        time.sleep(0.01)
+    heart.beat(step, 0.02)
+heart.close()
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_rank_that_hangs_is_killed_and_all_start_again(tmp_path: Path, nodes: int) -> None:
+    fields = (f"nodes={nodes}", f"ranks_per_node={2 // nodes}", "watchdog_s=2")
+    code, text = 0, ""
+    for process in [launch(tmp_path, HANG, *fields) for _ in range(nodes)]:
+        code, text = finish(process)
+        assert code == 0, text
+    (end, _) = events(tmp_path, "attempt_end")
+    (failure,) = end["failures"]
+    assert failure.startswith(f"rank 1 on node {nodes - 1} hung at step 19: rank 1"), failure
+    kinds = {(e["fault"], e["rank"]) for e in events(tmp_path, "detected")}
+    assert ("hang", 1) in kinds
 
 
 def test_a_preempted_node_ends_the_job_on_all_with_75(tmp_path: Path) -> None:
