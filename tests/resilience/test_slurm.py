@@ -139,8 +139,8 @@ def test_chain_starts_a_stage_after_the_one_before_and_drops_it_if_that_failed(
     ledger = json.loads((run / "curriculum.json").read_text())
     assert list(ledger) == ["01-clips_image", "02-clips_video"]
 
-    broken, dropped = chain(tmp_path / "broken", "data.latents=nowhere")
+    broken, dropped = chain(tmp_path / "broken", "stage.steps=0")
     poll("failed", lambda: slurm.field(broken, "JobState") == "FAILED")
-    assert "nowhere" in (tmp_path / "clips_image").read_text()
+    assert "stage.steps=0" in (tmp_path / "clips_image").read_text()
     assert slurm.field(broken, "Restarts") == "0"
     poll("dropped", lambda: slurm.field(dropped, "JobState") == "CANCELLED")
