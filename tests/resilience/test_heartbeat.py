@@ -150,12 +150,12 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
 def test_marks_cost_microseconds(tmp_path: Path) -> None:
     heart = Heartbeat(tmp_path, 0, 0, stacks=False)
     best = float("inf")
-    for _ in range(20):
+    for _ in range(200):  # short stretches: some of them run without interruption
         begun = time.perf_counter()
-        for _ in range(500):
+        for _ in range(50):
             heart.phase("forward", "17x256x256")
             heart.phase("backward", "17x256x256")
-        best = min(best, (time.perf_counter() - begun) / 1000)
+        best = min(best, (time.perf_counter() - begun) / 100)
     print(f"{best * 1e6:.2f} us per mark")
     assert best < 10e-6  # 1.6 us on an idle machine
 
