@@ -121,7 +121,8 @@ class Agent:
             if rank not in self.ranks:
                 continue
             self.codes[rank] = code
-            if code not in (0, EXIT_PREEMPTED) and not (self._stopped_at and code < 0):
+            by_us = code < 0 and self._stopped_at and rank not in self._hung
+            if code not in (0, EXIT_PREEMPTED) and not by_us:
                 fresh.append(self._failure(rank, code))
         if fresh and not self.failures:
             self._failed_at = now

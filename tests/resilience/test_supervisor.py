@@ -203,7 +203,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_also_of_the_one_that_led(
     by_pid = {process.pid: process for process in nodes}
     kill_node(by_pid.pop(member_pid(tmp_path, tickets[victim])))
     ranks_up(tmp_path, 1, 4)
-    (replaced,) = events(tmp_path, "replaced")
+    (replaced,) = poll(lambda: events(tmp_path, "replaced"), "the event")
     assert replaced["node"] == victim
     up = notes(tmp_path, "up")
     assert {up[1, rank].split()[1:] == [str(rank // 2), "4"] for rank in range(4)} == {True}
@@ -222,10 +222,10 @@ def test_without_a_spare_the_job_shrinks_and_grows_when_the_node_returns(tmp_pat
     ranks_up(tmp_path, 0, 4)
     kill_node(second)
     ranks_up(tmp_path, 1, 2)
-    assert [e["nodes"] for e in events(tmp_path, "shrink")] == [1]
+    assert [e["nodes"] for e in poll(lambda: events(tmp_path, "shrink"), "the event")] == [1]
     again = launch(tmp_path, NODES, *fields)
     ranks_up(tmp_path, 2, 4)
-    assert [e["nodes"] for e in events(tmp_path, "grow")] == [2]
+    assert [e["nodes"] for e in poll(lambda: events(tmp_path, "grow"), "the event")] == [2]
     assert not events(tmp_path, "stop"), "the 75 of a grown job does not end it"
     end_all(tmp_path, first, again)
 
@@ -291,7 +291,7 @@ def test_a_node_that_stood_still_is_replaced_and_comes_back_as_a_spare(tmp_path:
 
 HANG = """
 from hunyuan_train.resilience.heartbeat import Heartbeat
-heart = Heartbeat(run_dir, attempt, rank, node=node)
+heart = Heartbeat(run_dir, attempt, rank, node=node).__enter__()
 note("up", os.getpid())
 for step in range(1, 40):
     for phase in ("data", "forward", "backward", "update"):
@@ -303,7 +303,7 @@ for step in range(1, 40):
     while attempt == 0 and step == 20:  # as in a collective that rank 1 never joins
         time.sleep(0.01)
     heart.beat(step, 0.02)
-heart.close()
+heart.__exit__(None, None, None)
 """
 
 
