@@ -110,6 +110,7 @@ class PeerServer:
             try:
                 slot = pair.free(tuple(keep) if keep else None)
                 slot.reserve(part.payload_bytes)
+                slot.begin()
             except OSError as error:
                 send_message(connection, {"error": str(error)})
                 return

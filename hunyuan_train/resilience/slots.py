@@ -71,14 +71,14 @@ class Slot:
     """One file, mapped. At any moment it is whole or says that it is not."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file; it holds nothing until :meth:`reserve` and :meth:`complete`."""
+        """Open or make the file; to write, ``reserve``, ``begin``, fill and ``complete`` it."""
         self.path = path
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self.mapped: mmap.mmap | None = None
 
     def reserve(self, num_bytes: int) -> bool:
-        """Say that the file is being written and make room for the payload.
+        """Make room for a payload; what the slot holds stays.
 
         Returns:
             Whether the file was mapped anew, so that views of the old mapping are stale.
@@ -86,10 +86,9 @@ class Slot:
         Raises:
             OSError: There is no room: without the check, writing would kill the process.
         """
-        descriptor = self._file.fileno()
-        os.pwrite(descriptor, _MAGIC + _STATE.pack(_WRITING), 0)
         if self.mapped is not None and len(self.mapped) >= PAGE + num_bytes:
             return False
+        descriptor = self._file.fileno()
         size = -(-(PAGE + num_bytes + _SPARE) // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -99,6 +98,10 @@ class Slot:
             ) from error
         self.mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return True
+
+    def begin(self) -> None:
+        """Say that the payload is being written and that what was there is gone."""
+        os.pwrite(self._file.fileno(), _MAGIC + _STATE.pack(_WRITING), 0)
 
     def payload(self, num_bytes: int) -> memoryview:
         """Return the live bytes of the payload, after :meth:`reserve`."""
@@ -136,6 +139,18 @@ class SlotPair:
         first, second = self._paths
         part = read_part(first)
         path = second if part is not None and part.stamp == keep else first
+        return self._open(path)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make room in both slots ahead of the first snapshot.
+
+        Raises:
+            OSError: There is not enough.
+        """
+        for path in self._paths:
+            self._open(path).reserve(num_bytes)
+
+    def _open(self, path: Path) -> Slot:
         if path not in self._slots or not path.exists():
             self._slots[path] = Slot(path)
         return self._slots[path]

@@ -35,7 +35,13 @@ from hunyuan_train.resilience.slots import (
     run_identity,
     stored_parts,
 )
-from hunyuan_train.resilience.state_copy import Copied, StateCopy, fill_state, state_plan
+from hunyuan_train.resilience.state_copy import (
+    Copied,
+    StateCopy,
+    fill_state,
+    state_bytes,
+    state_plan,
+)
 from hunyuan_train.runtime.dist import barrier, gather_objects, max_over_ranks
 
 log = logging.getLogger(__name__)
@@ -256,6 +262,10 @@ class Snapshots:
         barrier()  # nobody reads any more
         remove_parts(self.folder, self._keep)
         barrier()  # nobody deletes what another rank has begun since
+        try:
+            self._own.reserve(state_bytes(tensors))
+        except OSError as error:
+            log.warning("no snapshots as long as this lasts: %s", error)
         return result
 
     def _find(
@@ -288,15 +298,19 @@ class Snapshots:
         return None
 
     def finish(self) -> None:
-        """Wait until the last snapshot is whole, at most for the time limit of a peer."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(self._timeout_s)
+        """Wait until the last snapshot is whole or given up, on all ranks, which all call it."""
+        self._join()
+        if self._every:
+            barrier()  # whoever ends now can no longer take the copy of another rank
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(4 * self._timeout_s)  # connecting, two answers, and the bytes
             self._state()
 
     def close(self) -> None:
-        """Finish and end the threads; the snapshots stay, for the next attempt."""
-        self.finish()
+        """End the threads; the snapshots stay, for the next attempt. See :meth:`finish`."""
+        self._join()
         for peer in self._peers.values():
             peer.close()
         if self._server is not None:
@@ -309,7 +323,6 @@ class Snapshots:
         All ranks call it; taking more afterwards is fine.
         """
         self.finish()
-        barrier()
         self._own.close()
         remove_parts(self.folder)
         self._keep = self._pending = None

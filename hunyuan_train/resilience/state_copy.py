@@ -63,6 +63,7 @@ class StateCopy:
                 self._pin(id(slot), memory)
             self._views[id(slot)] = _views(memory[PAGE:], live, begins)
         views = self._views[id(slot)]
+        slot.begin()
         slot.payload(end + len(text))[end:] = text
         self._event = None
         if on_device:
@@ -108,6 +109,11 @@ def state_plan(tensors: Mapping[str, Any]) -> str:
     """Return a digest of names, shapes and types of what this rank stores."""
     listed = [(name, tuple(p.shape), str(p.dtype)) for name, p in local_parts(tensors)]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+
+
+def state_bytes(tensors: Mapping[str, Any]) -> int:
+    """Return the room that :meth:`StateCopy.into` takes, without counters."""
+    return _places([part for _, part in local_parts(tensors)])[1]
 
 
 def local_parts(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
