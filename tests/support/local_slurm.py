@@ -133,9 +133,7 @@ class LocalSlurm:
     def __exit__(self, *_: object) -> None:
         """End every job, then every daemon that was started here, and remove the folder."""
         try:
-            for job in self.run("squeue", "-h", "-o%A"):
-                self.run("scancel", job)
-            poll("no job is left", lambda: not self.run("squeue", "-h"))
+            poll("no job is left", self._cancelled)
         finally:
             for daemon in reversed(self.daemons):
                 daemon.send_signal(signal.SIGTERM)
@@ -145,6 +143,13 @@ class LocalSlurm:
                     daemon.kill()
                     daemon.wait()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _cancelled(self) -> bool:
+        """Cancel every job, also one that came back, and return whether none is left."""
+        jobs = self.run("squeue", "-h", "-o%A")
+        for job in jobs:
+            self.run("scancel", job)
+        return not jobs
 
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}-{len(self.daemons)}.out").open("wb") as out:
