@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from hunyuan_train.resilience.crashes import record_crash
+
 VERBS = {
     "train": "train one stage; under torchrun on every rank",
     "curriculum": "run the stages of conf/curriculum one after the other",
@@ -45,5 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return module.main(rest)
     except ValueError as error:
+        record_crash(error)
         print(f"hunyuan-train {verb}: {error}", file=sys.stderr)
         return 2
+    except BaseException as error:
+        record_crash(error)
+        raise

@@ -23,6 +23,7 @@ from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes, build_axes
 from hunyuan_train.parallel.view import fill_part
+from hunyuan_train.resilience.guard import Guard
 from hunyuan_train.runtime.dist import World
 
 
@@ -60,6 +61,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         updates=updates,
         ema=Ema(model.module, cfg.optimizer, updates.local_weights()),
         loader=loader,
+        guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
     )
     folder = Path(cfg.run.dir)

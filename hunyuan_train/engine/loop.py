@@ -12,12 +12,15 @@ from hunyuan_train.config.compose import (
     save_config,
 )
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.engine.build import build_run
+from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.certify import certify_start
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
+from hunyuan_train.engine.supervision import Supervision
+from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
+from hunyuan_train.runtime.env import read_attempt, read_node
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +64,36 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
     Raises:
         ValueError: for a config, data or checkpoint the run cannot go on with.
     """
-    certify_start(cfg, world)
-    claim_folder(cfg, world)
-    run = build_run(cfg, world)
-    state, last = run.state, cfg.stage.steps
-    log.info("%s", run.state.loader.describe())
-    with StepMeter(run) as meter:
-        while state.step < last:
-            started = time.perf_counter()
-            batches = state.loader.next_step()
-            waited_s = time.perf_counter() - started
-            meter.add(train_step(state, batches, cfg, world, run.scaling_factor), waited_s)
-            if cfg.logging.due(state.step) or state.step == last:
-                meter.emit()
-            stop = preemption.requested()
-            if stop or state.step == last or run.checkpoints.due(state.step):
-                run.checkpoints.save(state.step, state.tensors(), state.counters())
-            if stop and state.step < last:
-                log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
-                return Outcome.PREEMPTED
+    with Heartbeat(cfg.run.dir, read_attempt(), world.rank, node=read_node()) as heart:
+        certify_start(cfg, world)
+        claim_folder(cfg, world)
+        run = build_run(cfg, world)
+        log.info("%s", run.state.loader.describe())
+        with StepMeter(run) as meter, Supervision(run, heart) as watch:
+            return run_steps(run, meter, watch, preemption)
+
+
+def run_steps(
+    run: TrainRun, meter: StepMeter, watch: Supervision, preemption: Preemption
+) -> Outcome:
+    """Update until the stage is done or a signal asks to stop, saving on the way."""
+    cfg, state, last = run.cfg, run.state, run.cfg.stage.steps
+    while state.step < last:
+        watch.begin()
+        started = time.perf_counter()
+        batches = state.loader.next_step()
+        waited_s = time.perf_counter() - started
+        metrics = train_step(state, batches, cfg, run.world, run.scaling_factor, watch.heart)
+        meter.add(metrics, waited_s)
+        watch.end(metrics, batches)
+        if cfg.logging.due(state.step) or state.step == last:
+            meter.emit()
+        stop = preemption.requested()
+        if stop or state.step == last or run.checkpoints.due(state.step):
+            watch.save()
+        if stop and state.step < last:
+            log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
+            return Outcome.PREEMPTED
     state.loader.close()
     return Outcome.DONE
 

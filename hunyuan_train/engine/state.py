@@ -9,6 +9,7 @@ from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, viewed
 from hunyuan_train.parallel.apply import ParallelModel
+from hunyuan_train.resilience.guard import Guard
 
 
 @dataclass(kw_only=True)
@@ -19,6 +20,7 @@ class TrainState:
     updates: Updates
     ema: Ema
     loader: BucketLoader
+    guard: Guard
     skipped_updates: Tensor
     """Updates left out because a gradient was not finite: a float32 scalar on the device."""
     step: int = 0
@@ -51,6 +53,7 @@ class TrainState:
             "samples": self.samples,
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
         }
 
     def load_counters(self, counters: dict[str, Any]) -> None:
@@ -59,3 +62,4 @@ class TrainState:
         self.samples = counters["samples"]
         self.tokens = counters["tokens"]
         self.loader.load_state_dict(counters["loader"])
+        self.guard.load_state_dict(counters["guard"])

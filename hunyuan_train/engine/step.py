@@ -1,7 +1,7 @@
 """One optimizer update: micro-batches in, reduced numbers out."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -60,10 +60,28 @@ class StepMetrics:
     samples: int
     flops: float
     lr: float
+    kind: str
+    """Tokens of its largest sample over all ranks: losses are comparable within a kind."""
     micro_steps: list[MicroStep]
     """Of this rank alone; one that only kept ranks in step has no samples."""
     watch: Stopwatch
     """One stretch per entry of ``micro_steps``."""
+
+
+class Marks(Protocol):
+    """Where a step says what it does; see ``resilience.heartbeat``."""
+
+    def phase(self, name: str, bucket: str = "") -> object:
+        """Say what this rank does from now on."""
+        ...
+
+
+class _NoMarks:
+    def phase(self, name: str, bucket: str = "") -> object:
+        """Say nothing."""
+
+
+NO_MARKS: Marks = _NoMarks()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,17 +156,34 @@ def training_flops(batch: Batch, cfg: RunConfig) -> int:
     ).training
 
 
-def global_counts(batches: list[Batch], cfg: RunConfig, axes: Axes) -> tuple[int, int, float]:
-    """Return tokens, samples and FLOPs of the step over all ranks with distinct data."""
-    counts = torch.zeros(3, dtype=torch.float64)
+def global_counts(batches: list[Batch], cfg: RunConfig, axes: Axes) -> tuple[int, int, float, str]:
+    """Return tokens, samples and FLOPs of the step over all ranks with distinct data, and its kind.
+
+    The kind is the image tokens of the largest sample, as text.
+    """
+    ranks, rank = axes.size("dp"), axes.rank("dp")
+    # One row per rank, so that one sum also finds a maximum.
+    counts = torch.zeros(ranks, 4, dtype=torch.float64)
     for batch in batches:
         if not batch.weight:  # only there because other ranks have one more
             continue
-        samples = len(batch.sample_ids)
-        row = [samples * batch.bucket.tokens, samples, training_flops(batch, cfg)]
-        counts += torch.tensor(row, dtype=torch.float64)
-    tokens, samples, flops = axes.sum(counts, "dp").tolist()
-    return int(tokens), int(samples), flops
+        samples, tokens = len(batch.sample_ids), batch.bucket.tokens
+        row = [samples * tokens, samples, training_flops(batch, cfg)]
+        counts[rank, :3] += torch.tensor(row, dtype=torch.float64)
+        counts[rank, 3] = max(counts[rank, 3].item(), tokens)
+    counts = axes.sum(counts, "dp")
+    tokens, samples, flops, _ = counts.sum(dim=0).tolist()
+    return int(tokens), int(samples), flops, f"{int(counts[:, 3].max())} tokens"
+
+
+def global_loss(losses: list[Tensor], tokens: int, axes: Axes) -> Tensor:
+    """Return the mean loss over the tokens of all ranks, to the last bit the same on each.
+
+    Ranks that share a batch may round differently, and all have to refuse an update alike.
+    """
+    loss = axes.sum(torch.stack(losses).sum(), "dp") / tokens
+    copies = axes.size("model")
+    return axes.sum(loss, "model") / copies if copies > 1 else loss
 
 
 def train_step(
@@ -157,6 +192,7 @@ def train_step(
     cfg: RunConfig,
     world: World,
     scaling_factor: float,
+    heart: Marks = NO_MARKS,
 ) -> StepMetrics:
     """Accumulate gradients over ``batches``, clip, update, follow with the EMA.
 
@@ -166,7 +202,7 @@ def train_step(
     on the device and counted.
     """
     updates, axes = state.updates, state.model.axes
-    tokens, samples, flops = global_counts(batches, cfg, axes)
+    tokens, samples, flops, kind = global_counts(batches, cfg, axes)
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
     updates.set_learning_rate(lr)
     micro_steps: list[MicroStep] = []
@@ -174,26 +210,31 @@ def train_step(
     watch.mark()
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
+        heart.phase("forward", str(batch.bucket))
         updates.start_micro_step(last=last)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum * batch.weight
+        heart.phase("backward", str(batch.bucket))
         updates.backward(loss / tokens, last=last)
         micro_steps.append(MicroStep.of(batch, loss.detach()))
         watch.mark()
+    heart.phase("update")
     norm = updates.clip(cfg.optimizer.clip_norm)
-    state.skipped_updates += updates.step(norm)
+    loss = global_loss([part.loss_sum for part in micro_steps], tokens, axes)
+    state.skipped_updates += updates.step(state.guard.screen(loss, norm, kind))
     state.ema.update(state.step)
     state.step += 1
     state.samples += samples
     state.tokens += tokens
     return StepMetrics(
-        loss=axes.sum(torch.stack([part.loss_sum for part in micro_steps]).sum(), "dp") / tokens,
+        loss=loss,
         grad_norm=norm,
         tokens=tokens,
         samples=samples,
         flops=flops,
         lr=lr,
+        kind=kind,
         micro_steps=micro_steps,
         watch=watch,
     )

@@ -18,6 +18,7 @@ from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates
 from hunyuan_train.parallel.config import ParallelConfig
 from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.resilience.guard import Guard
 from hunyuan_train.runtime.dist import World
 from hunyuan_train.runtime.seed import keyed_normal
 
@@ -95,6 +96,7 @@ def run_trial(
         updates=cast(Updates, _Recorder(updates, gradients)),
         ema=Ema(model.module, cfg.optimizer, updates.local_weights()),
         loader=None,  # pyright: ignore[reportArgumentType]  # batches are made here
+        guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
     )
     losses, norms = [], []
