@@ -46,6 +46,11 @@ class Order:
     argv: tuple[str, ...]
     """Arguments of Python: ``-m hunyuan_train VERB ...`` or a script."""
 
+    @property
+    def global_ranks(self) -> range:
+        """Numbers of this node's ranks in the world."""
+        return range(self.node * self.ranks, (self.node + 1) * self.ranks)
+
     def environment(self, local_rank: int, run_dir: Path) -> dict[str, str]:
         """Return the variables of a rank: those of torchrun, and our own."""
         rank = self.node * self.ranks + local_rank
@@ -83,7 +88,7 @@ class Agent:
         self.failures: list[Failure] = []
         self.started_s = time.monotonic()
         self._run_dir, self._standby, self._out = run_dir, standby, out
-        self._first = order.node * order.ranks
+        self.ranks = order.global_ranks
         self._hung: dict[int, str] = {}
         self._stopped_at = self._asked_at = self._failed_at = self._reminded_at = 0.0
         self._grace_s = STOP_GRACE_S
@@ -92,14 +97,8 @@ class Agent:
         logs.mkdir(parents=True, exist_ok=True)
         health_folder(run_dir, order.attempt).mkdir(parents=True, exist_ok=True)
         self._tails = [_Tail(logs / f"rank-{rank}.log", rank) for rank in self.ranks]
-        for local_rank, tail in enumerate(self._tails):
-            environment = order.environment(local_rank, run_dir)
-            standby.start(self._first + local_rank, order.argv, environment, tail.path)
-
-    @property
-    def ranks(self) -> range:
-        """Global ranks on this node."""
-        return range(self._first, self._first + self.order.ranks)
+        for local_rank, (rank, tail) in enumerate(zip(self.ranks, self._tails, strict=True)):
+            standby.start(rank, order.argv, order.environment(local_rank, run_dir), tail.path)
 
     @property
     def ended(self) -> bool:

@@ -119,7 +119,7 @@ def package_versions() -> dict[str, str]:
 
 
 def check_packages(health: Health, run_dir: Path) -> Iterable[str]:
-    """torch must be there, and a package called apex must be NVIDIA's."""
+    """Torch must be there, and a package called apex must be NVIDIA's."""
     if "torch" not in health.versions:
         yield "torch is not installed; install hunyuan_train again"
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -236,7 +236,7 @@ def check_speed(health: Health, run_dir: Path) -> Iterable[str]:
     best = float("inf")
     for _ in range(8):
         started = time.perf_counter()
-        left @ left
+        _ = left @ left
         best = min(best, time.perf_counter() - started)
     health.matmul_gflops = 2 * size**3 / best / 1e9
     return ()

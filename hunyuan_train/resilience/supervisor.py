@@ -49,6 +49,11 @@ TICK_S = 0.03
 _SCAN_S = 0.1
 _SCAN_PER_MEMBER_S = 0.02
 """Keeps the reads of all agents together below some thousand a second at 128 machines."""
+_AGAIN_S = 2.0
+"""A second signal after this long means to end at once, without saving."""
+
+_DUMP_AGAIN_S = 5.0
+
 _VERDICT_S = 3.0
 """Wait, once asked to end, for the others to end and the leader to say that the job is over."""
 
@@ -94,6 +99,7 @@ class Supervisor:
         self._ended = -1  # the last attempt whose end this leader has told
         self._begin_at: dict[int, float] = {}
         self._next_beat = self._next_scan = self._next_check = self._leave_at = 0.0
+        self._next_dump = self._signalled_at = 0.0
 
     def run(self) -> int:
         """Take part until the job is over.
@@ -163,7 +169,10 @@ class Supervisor:
         """Count the signals that ask this machine to end."""
 
         def asked(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
+            # A scheduler may signal the process, its group and its job at once: that is one wish.
+            if not self._signals or time.monotonic() - self._signalled_at > _AGAIN_S:
+                self._signals += 1
+                self._signalled_at = time.monotonic()
 
         names = {*self._launch.resilience.preemption_signals, "SIGINT", "SIGTERM", "SIGHUP"}
         before = {s: signal.signal(s, asked) for s in (signal.Signals[name] for name in names)}
@@ -188,13 +197,14 @@ class Supervisor:
                 self._agent.ask(self._ask_signal(), self._cfg.grace_s)
                 if self._signals > 1:
                     self._agent.stop()
-        elif last is not None and last.plan.attempt > self._done_attempt and not self._signals:
-            if self._board.me.ticket in last.plan.tickets:
-                self._start(last)
+        elif last is not None and self._board.me.ticket in last.plan.tickets and not self._signals:
+            self._start(last)
 
     def _start(self, attempt: Attempt) -> None:
         """Start this machine's ranks, once rank 0's machine has said where it listens."""
         plan, board = attempt.plan, self._board
+        if plan.attempt <= self._done_attempt:
+            return
         node = plan.tickets.index(board.me.ticket)
         if attempt.alarm:
             self._report(node, attempt, None)
@@ -216,11 +226,11 @@ class Supervisor:
             **attempt.meet,
         )
         run_dir = self._launch.run_dir
-        self._agent = Agent(order, run_dir, self._standby, self._launch.out)
         self._monitor = None
         if self._launch.resilience.watchdog_s:
             cfg = self._launch.resilience
-            self._monitor = Monitor(run_dir, plan.attempt, self._agent.ranks, cfg)
+            self._monitor = Monitor(run_dir, plan.attempt, order.global_ranks, cfg)
+        self._agent = Agent(order, run_dir, self._standby, self._launch.out)
 
     def _watch(self, now: float) -> None:
         """Look after the ranks; tell the others of a failure, and how the attempt ended here."""
@@ -235,9 +245,9 @@ class Supervisor:
                 self._tell_failure(attempt, failure)
         if agent.failed:
             cause = culprits(agent.failures)[0]
-            if self._board.put(f"alarm-{attempt}", {"node": node, "why": cause.sentence()}):
-                if cause.kind is Kind.peer:
-                    self._tell_failure(attempt, cause)
+            first = self._board.put(f"alarm-{attempt}", {"node": node, "why": cause.sentence()})
+            if first and cause.kind is Kind.peer:
+                self._tell_failure(attempt, cause)
             agent.stop()
         elif self._monitor is not None and now >= self._next_check and not agent.ended:
             self._next_check = now + POLL_S
@@ -277,8 +287,10 @@ class Supervisor:
                     agent.kill(verdict.rank, verdict.sentence)
             return
         states = monitor.observe()
-        if any(s.overdue and s.process == "running" and not s.waits for s in states):
+        unclear = any(s.overdue and s.process == "running" and not s.waits for s in states)
+        if unclear and time.monotonic() > self._next_dump:
             monitor.dump()
+            self._next_dump = time.monotonic() + _DUMP_AGAIN_S
             states = monitor.observe()
         self._board.me.states = [asdict(state) for state in states]
         self._board.me.attempt = agent.order.attempt
@@ -364,7 +376,7 @@ class Supervisor:
     def _judge(self, last: Attempt) -> None:
         """Compare the ranks of all machines, where there are several."""
         told = [m for m in self._board.members.values() if m.attempt == last.plan.attempt]
-        states = [RankState(**_as_state(state)) for member in told for state in member.states]
+        states = [RankState.received(state) for member in told for state in member.states]
         faults = [v for v in judge(states) if v.kind in (Fault.hung, Fault.stopped)]
         if faults and len(told) == len(last.plan.tickets):
             hung = {str(verdict.rank): verdict.sentence for verdict in faults}
@@ -387,7 +399,3 @@ class Supervisor:
             exit_codes=codes,
             failures=[failure.sentence() for failure in failures_of(last)],
         )
-
-
-def _as_state(told: dict[str, Any]) -> dict[str, Any]:
-    return {**told, "progress": tuple(told["progress"])}

@@ -12,17 +12,21 @@ class LaunchEnv:
     local_rank: int
     world_size: int
     restart_count: int
+    """Attempts before this one that may have left keys in the store of the process group."""
     launched: bool
     """Whether a launcher set the rank variables, so a process group must be formed."""
 
 
 def read_launch_env() -> LaunchEnv:
     """Read the rank variables that torchrun sets; without them this is one process of one."""
+    # A store of its own for each attempt holds no old keys; and torchrun's agents, who count by
+    # themselves, would not agree on a number once one of them has come later than the others.
+    own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
     return LaunchEnv(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        restart_count=0 if own_store else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         launched="RANK" in os.environ and "MASTER_ADDR" in os.environ,
     )
 

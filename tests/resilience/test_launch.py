@@ -1,4 +1,4 @@
-"""``hunyuan-train launch`` with real ranks: gloo meets anew each time, and real training goes on."""
+"""``hunyuan-train launch`` with real ranks: gloo meets anew, and training goes on."""
 
 import json
 import os

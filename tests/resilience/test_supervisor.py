@@ -1,4 +1,4 @@
-"""The supervisor with fake ranks: restarts, crash loops, its own death, machines that go and come."""
+"""The supervisor with fake ranks: restarts, crash loops, its own death, lost machines."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_the_same_exception_at_the_same_step_twice_is_called_an_error_of_the_cod
     tmp_path: Path,
 ) -> None:
     body = "if rank == 0: raise ValueError(f'at {object()}: bad width')\ntime.sleep(100)"
-    code, text = run(tmp_path, body, "ranks_per_node=2")
+    code, _ = run(tmp_path, body, "ranks_per_node=2")
     assert code == 1
     assert len(events(tmp_path, "attempt_start")) == 2
     (stop,) = events(tmp_path, "stop")
