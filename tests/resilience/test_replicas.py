@@ -18,6 +18,7 @@ from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import build_updates
 from hunyuan_train.parallel.mesh import Axes, build_axes
 from hunyuan_train.resilience.config import ResilienceConfig
+from hunyuan_train.resilience.guard import Guard
 from hunyuan_train.resilience.replicas import Replicas, Verdict, judge
 from hunyuan_train.resilience.state_copy import local_parts
 from hunyuan_train.runtime.dist import World
@@ -46,6 +47,7 @@ class Trainer:
             updates=updates,
             ema=Ema(model.module, self.cfg.optimizer, updates.local_weights()),
             loader=None,  # pyright: ignore[reportArgumentType]
+            guard=Guard(self.cfg.resilience),
             skipped_updates=torch.zeros(()),
         )
         self.shapes = trial_shapes(self.cfg, world)
