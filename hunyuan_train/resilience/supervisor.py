@@ -9,11 +9,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from hunyuan_train.resilience.agent import Agent, Order
@@ -43,15 +41,13 @@ from hunyuan_train.resilience.events import EventKind, Events
 from hunyuan_train.resilience.health import Health, compare
 from hunyuan_train.resilience.layouts import Job
 from hunyuan_train.resilience.standby import Standby
+from hunyuan_train.resilience.stop_signals import StopSignals
 from hunyuan_train.resilience.watchdog import POLL_S, Fault, Monitor, RankState, judge
 
 TICK_S = 0.03
 _SCAN_S = 0.1
 _SCAN_PER_MEMBER_S = 0.02
 """Keeps the reads of all agents together below some thousand a second at 128 machines."""
-_AGAIN_S = 2.0
-"""A second signal after this long means to end at once, without saving."""
-
 _DUMP_AGAIN_S = 5.0
 
 _VERDICT_S = 3.0
@@ -91,7 +87,6 @@ class Supervisor:
         self._events = Events(launch.run_dir)
         self._agent: Agent | None = None
         self._monitor: Monitor | None = None
-        self._signals = 0
         self._done_attempt = -1  # the last one this node has reported
         self._told = ""
         self.planned: dict[int, Member] = {}
@@ -99,7 +94,7 @@ class Supervisor:
         self._ended = -1  # the last attempt whose end this leader has told
         self._begin_at: dict[int, float] = {}
         self._next_beat = self._next_scan = self._next_check = self._leave_at = 0.0
-        self._next_dump = self._signalled_at = 0.0
+        self._next_dump = 0.0
 
     def run(self) -> int:
         """Take part until the job is over.
@@ -108,7 +103,7 @@ class Supervisor:
             0 done, 75 stopped by a signal after saving, 1 given up.
         """
         launch = self._launch
-        with self._listening():
+        with StopSignals(launch.resilience.preemption_signals) as self._signals:
             self._standby = Standby(launch.preload)
             try:
                 health = launch.preflight() if launch.preflight else Health()
@@ -148,7 +143,7 @@ class Supervisor:
                 return over[-1]["code"]
             if self._board.leads and not over:
                 self._lead(now)
-            if self._signals and self._agent is None and not over and self._may_leave(now):
+            if self._signals.count and self._agent is None and not over and self._may_leave(now):
                 return EXIT_PREEMPTED
             time.sleep(TICK_S)
 
@@ -164,24 +159,6 @@ class Supervisor:
         spare = last is None or self._board.me.ticket not in last.plan.tickets
         return spare or now > self._leave_at
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Count the signals that ask this machine to end."""
-
-        def asked(number: int, frame: FrameType | None) -> None:
-            # A scheduler may signal the process, its group and its job at once: that is one wish.
-            if not self._signals or time.monotonic() - self._signalled_at > _AGAIN_S:
-                self._signals += 1
-                self._signalled_at = time.monotonic()
-
-        names = {*self._launch.resilience.preemption_signals, "SIGINT", "SIGTERM", "SIGHUP"}
-        before = {s: signal.signal(s, asked) for s in (signal.Signals[name] for name in names)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     # This machine's ranks.
 
     def _follow(self) -> None:
@@ -193,11 +170,15 @@ class Supervisor:
             if last is None or last.plan.attempt != self._agent.order.attempt or last.alarm:
                 self._kill_hung(last)
                 self._agent.stop()
-            elif last.resize or self._signals:
+            elif last.resize or self._signals.count:
                 self._agent.ask(self._ask_signal(), self._cfg.grace_s)
-                if self._signals > 1:
+                if self._signals.count > 1:
                     self._agent.stop()
-        elif last is not None and self._board.me.ticket in last.plan.tickets and not self._signals:
+        elif (
+            last is not None
+            and self._board.me.ticket in last.plan.tickets
+            and not self._signals.count
+        ):
             self._start(last)
 
     def _start(self, attempt: Attempt) -> None:
@@ -352,7 +333,7 @@ class Supervisor:
     def _begin(self, decision: Begin, last: Attempt | None, now: float) -> None:
         """Write the next plan once its delay is over, and tell what is new about it."""
         plan, board = decision.plan, self._board
-        if self._signals:
+        if self._signals.count:
             return
         if plan.attempt not in self._begin_at:
             self._tell_end(last)
