@@ -182,9 +182,9 @@ class Supervisor:
             self._start(last)
 
     def _start(self, attempt: Attempt) -> None:
-        """Start this machine's ranks, once rank 0's machine has said where it listens."""
+        """Start what is planned here, once rank 0's machine has said where it listens."""
         plan, board = attempt.plan, self._board
-        if plan.attempt <= self._done_attempt:
+        if board.me.ticket not in plan.tickets or plan.attempt <= self._done_attempt:
             return
         node = plan.tickets.index(board.me.ticket)
         if attempt.alarm:

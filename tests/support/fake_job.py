@@ -22,7 +22,9 @@ rank, attempt = int(os.environ["RANK"]), int(os.environ["HUNYUAN_ATTEMPT"])
 world, node = int(os.environ["WORLD_SIZE"]), int(os.environ["GROUP_RANK"])
 run_dir = Path(os.environ["HUNYUAN_CRASH_FILE"]).parents[2]
 def note(name, value=""):
-    (run_dir / f"{name}-{attempt}-{rank}").write_text(str(value) or str(os.getpid()))
+    whole = run_dir / f".{name}-{attempt}-{rank}"
+    whole.write_text(str(value) or str(os.getpid()))
+    whole.replace(run_dir / whole.name[1:])
 def save(step):
     (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
 def newest():
