@@ -30,6 +30,8 @@ class ReplayToken:
     num_samples: int
     loss: float
     grad_norm: float
+    dealing: str
+    """How samples are dealt: ranks with distinct data and micro-batches of each."""
     layout: str
     """How the model was cut, and on how many ranks."""
     versions: str
@@ -151,8 +153,18 @@ class Replay:
             return
         step, expected = self._expected
         self._expected = None
-        tolerance = self._cfg.replay_tolerance
-        problem = self._ranks.from_first(difference(expected, token, tolerance))
+        other_samples = expected.samples != token.samples and expected.dealing != token.dealing
+        if self._ranks.from_first(other_samples):
+            if self._ranks.is_first:
+                log.warning(
+                    "the update after step %d has other samples with %s than it had with %s, so it "
+                    "is not compared",
+                    step,
+                    token.dealing,
+                    expected.dealing,
+                )
+            return
+        problem = self._ranks.from_first(difference(expected, token, self._cfg.replay_tolerance))
         if problem:
             raise ValueError(
                 f"the update after step {step} is not the one of the run that saved it: {problem}; "
@@ -166,24 +178,14 @@ def difference(expected: ReplayToken, found: ReplayToken, tolerance: float) -> s
     """Return how two computations of one update differ, "" if they agree.
 
     Bitwise where layout, device and torch are the same and compute the same bits each time, else
-    within ``tolerance`` relative to the larger value. Another number of samples in an update, as
-    with more ranks and as many micro-batches, makes it another update, which is not compared.
+    within ``tolerance`` relative to the larger value.
     """
-    same_layout = expected.layout == found.layout
-    if not same_layout and expected.num_samples != found.num_samples:
-        log.warning(
-            "an update has %d samples under %s and had %d under %s, so it is not compared",
-            found.num_samples,
-            found.layout,
-            expected.num_samples,
-            expected.layout,
-        )
-        return ""
     if (expected.samples, expected.num_samples) != (found.samples, found.num_samples):
         return (
             f"it trained on other samples (digest {found.samples} of {found.num_samples} samples "
             f"here, {expected.samples} of {expected.num_samples} there), so data or loader changed"
         )
+    same_layout = expected.layout == found.layout
     exact = same_layout and expected.versions == found.versions and expected.exact and found.exact
     for name in ("loss", "grad_norm"):
         theirs, ours = getattr(expected, name), getattr(found, name)

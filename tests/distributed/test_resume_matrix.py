@@ -94,6 +94,7 @@ class Trial:
             num_samples=metrics.samples,
             loss=metrics.loss.item(),
             grad_norm=metrics.grad_norm.item(),
+            dealing="",  # All layouts have the same samples.
             layout=self.name,
             versions="cpu",
             exact=True,

@@ -23,6 +23,7 @@ TOKEN = ReplayToken(
     num_samples=4,
     loss=0.1234567,
     grad_norm=2.5,
+    dealing="2 x 1",
     layout="tp=1 world=2",
     versions="cpu, torch 2.13",
     exact=True,
@@ -93,12 +94,23 @@ def test_another_update_is_an_error_that_says_what_differs(tmp_path: Path, chang
         {"layout": "tp=2 world=2", "loss": 0.12345671, "grad_norm": 2.500001},
         {"versions": "cuda", "loss": 0.12345671},
         {"exact": False, "loss": 0.12345671},
-        {"layout": "world=4", "num_samples": 8, "samples": "77", "loss": 3.0},
     ],
 )
 def test_rounding_passes_where_it_may_differ(tmp_path: Path, change):
     saved_with(tmp_path, TOKEN)
     resumed(tmp_path).check_replay(replace(TOKEN, **change))
+
+
+def test_other_samples_are_another_update_where_they_are_dealt_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    saved_with(tmp_path, TOKEN)
+    other = replace(TOKEN, dealing="4 x 1", num_samples=8, samples="77", loss=3.0)
+    resumed(tmp_path).check_replay(other)
+    assert "has other samples with 4 x 1 than it had with 2 x 1" in caplog.text
+    # Dealt otherwise, but the same samples: then the numbers count.
+    with pytest.raises(ValueError, match=r"loss is 3\.0 here"):
+        resumed(tmp_path).check_replay(replace(TOKEN, dealing="1 x 2", loss=3.0))
 
 
 def test_a_nan_is_the_same_nan(tmp_path: Path):
