@@ -174,11 +174,7 @@ class Supervisor:
                 self._agent.ask(self._ask_signal(), self._cfg.grace_s)
                 if self._signals.count > 1:
                     self._agent.stop()
-        elif (
-            last is not None
-            and self._board.me.ticket in last.plan.tickets
-            and not self._signals.count
-        ):
+        elif last is not None and not self._signals.count:
             self._start(last)
 
     def _start(self, attempt: Attempt) -> None:
