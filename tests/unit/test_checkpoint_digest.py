@@ -147,6 +147,13 @@ def test_the_way_without_numpy_gives_the_same(monkeypatch: pytest.MonkeyPatch):
     assert whole(tensor) == expected
 
 
+def test_weights_are_odd_and_differ():
+    for lane, dim in itertools.product(range(2), range(3)):
+        weights = tensor_digest._coordinate_weights(lane, dim, 5, 1000)
+        assert (weights % 2 == 1).all()
+        assert len(set(weights.tolist())) == 1000
+
+
 def test_hex_holds_every_sum():
     for values in ([0, 1], [-1, 2**63 - 1], [-(2**63), 5]):
         sums = torch.tensor(values)
