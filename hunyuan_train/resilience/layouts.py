@@ -10,6 +10,9 @@ from math import prod
 from hunyuan_train.parallel.config import ParallelConfig
 
 AXES = ("tp", "cp_ring", "cp_ulysses", "dp_replicate")
+ACCEPT = "run.accept_changes=true"
+"""Lets a run go on with other micro-steps per rank: its config may not change otherwise."""
+
 _FIELDS = (*AXES, "sp", "zero_stage")
 
 
@@ -55,7 +58,7 @@ def choose(job: Job, ranks: int, allowed: Sequence[str] = ()) -> list[str] | Non
         if micro_steps is None:
             continue
         if micro_steps != job.micro_steps:
-            overrides += [f"stage.micro_steps={micro_steps}", "run.accept_changes=true"]
+            overrides += [f"stage.micro_steps={micro_steps}", ACCEPT]
         return overrides
     return None
 

@@ -218,6 +218,19 @@ def test_the_ends_of_an_attempt() -> None:
     assert [kind for kind, _ in grown.events] == ["grow"]
 
 
+def test_a_job_that_grows_back_may_change_its_micro_steps_back() -> None:
+    over = attempt(0, [1, 2], {0: [-9]}, alarm={"why": "x"})
+    counted = dataclasses.replace(facts(members(1), over, min_nodes=1).job, fixed_update=False)
+    shrunk = decide(dataclasses.replace(facts(members(1), over, min_nodes=1), job=counted))
+    assert isinstance(shrunk, Begin)
+    assert shrunk.plan.overrides == ["stage.micro_steps=2", "run.accept_changes=true"]
+    asked = attempt(1, [1], {0: [75]}, resize=True)
+    asked.plan = shrunk.plan
+    grown = decide(dataclasses.replace(facts(members(1, 3), over, asked), job=counted))
+    assert isinstance(grown, Begin)
+    assert grown.plan.overrides == ["run.accept_changes=true"]
+
+
 def test_a_lost_machine_alarms_the_others_and_is_replaced_or_left_out() -> None:
     running = attempt(0, [1, 2], {})
     assert isinstance(decide(facts(members(1, 3), running)), Alarm)
