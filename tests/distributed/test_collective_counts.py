@@ -257,8 +257,11 @@ def expected(layout: Layout) -> Traffic:
     if parallel.tp > 1 or parallel.zero_stage > 0:
         traffic["all_reduce", FLOAT] += 1  # the gradient norm
     if layout.dp > 1:
-        traffic["all_reduce", 3 * 8] += 1  # tokens, samples and FLOPs of the step
+        # A row per rank: tokens, samples, FLOPs and the largest sample of the step.
+        traffic["all_reduce", layout.dp * 4 * 8] += 1
         traffic["all_reduce", FLOAT] += 1  # the loss, to show
+    if layout.world > layout.dp:
+        traffic["all_reduce", FLOAT] += 1  # the loss again: all ranks judge it alike
     return traffic
 
 
