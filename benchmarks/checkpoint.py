@@ -242,11 +242,12 @@ def main() -> None:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true", help="128 MiB per rank, one round")
+    parser.add_argument("--rounds", type=int, help="saves of each kind; 3, or 2 if quick")
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     arguments = parser.parse_args()
     parts, every, repeats = (4, 5.0, 2) if arguments.quick else (30, 30.0, 3)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = in_processes(folder, parts, every, repeats)
+        found = in_processes(folder, parts, every, arguments.rounds or repeats)
     machine = {
         "device": platform.machine(),
         "cores": os.cpu_count(),

@@ -30,7 +30,7 @@ START_S = 300.0
 """How long the writers wait for each other to start."""
 WRITE_S = 3600.0
 """How long a writer waits for the others while writing."""
-_NICENESS = 10
+_NICENESS = 5
 _WATCH_S = 0.2
 _IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Signals that schedulers and terminals send to whole process groups: the trainer decides."""
