@@ -322,16 +322,19 @@ def test_training_pays_for_the_copy_alone(tmp_path: Path, monkeypatch: pytest.Mo
     real = slots.digest_payload
     module = "hunyuan_train.resilience.snapshots.digest_payload"
     monkeypatch.setattr(module, lambda payload: (go_on.wait(60), real(payload))[1])
-    for step in range(1, 6):
-        go_on.clear()
-        before = time.thread_time()
-        assert snapshots.take(step, live, {})
-        used.append(time.thread_time() - before)
-        if step == 1:
-            assert not snapshots.take(step, live, {}), "one in flight"
+    try:
+        for step in range(1, 6):
+            go_on.clear()
+            before = time.thread_time()
+            assert snapshots.take(step, live, {})
+            used.append(time.thread_time() - before)
+            if step == 1:
+                assert not snapshots.take(step, live, {}), "one in flight"
+            go_on.set()
+            snapshots.finish()
+    finally:
         go_on.set()
-        snapshots.finish()
-    snapshots.remove()
+        snapshots.remove()
     assert not snapshots.folder.exists()
     print(f"200 MB: {[round(1e3 * seconds) for seconds in used]} ms of the training thread")
     assert min(used) < 0.3
