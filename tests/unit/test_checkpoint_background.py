@@ -162,7 +162,8 @@ def test_a_writer_that_died_between_two_saves_is_replaced(started: CheckpointMan
     started.finish()
     pid = started.writer_pid
     os.kill(pid, signal.SIGKILL)
-    until(lambda: gone(pid))
+    assert started._background is not None
+    until(lambda: not started._background._writer.alive())
     assert started.save(2, tensors(), {})
     assert one(started.finish()).failure == ""
     assert started.writer_pid != pid
