@@ -1,7 +1,8 @@
 """A checkpoint of any layout is resumed under any other, and by the other engines.
 
 Every layout trains an update, saves, and trains two more, of which the first is its replay token.
-Then every layout resumes from every one of these checkpoints. One job per number of ranks and
+Then every layout resumes from every one of these checkpoints; moments are compared by their digests
+and, under the same layout, by the second update. One job per number of ranks and
 phase; importing the other engines takes seconds.
 """
 
@@ -54,6 +55,7 @@ class Trial:
         from hunyuan_train.optim.ema import Ema
         from hunyuan_train.optim.updates import build_updates
         from hunyuan_train.parallel.mesh import Axes, build_axes
+        from hunyuan_train.resilience.guard import Guard
         from hunyuan_train.runtime.dist import World
 
         overrides = [f"parallel.{field}" for field in fields.split()]
@@ -69,6 +71,7 @@ class Trial:
             updates=updates,
             ema=Ema(model.module, self.cfg.optimizer, updates.local_weights()),
             loader=None,
+            guard=Guard(self.cfg.resilience),
             skipped_updates=torch.zeros(()),
         )
         self.name = f"{name} on {world}"
@@ -102,9 +105,6 @@ class Trial:
 
 
 def prepare(names: list[str]) -> None:
-    import torch
-
-    torch.manual_seed(0)
     if "megatron tp2" in names:
         from megatron_shim import run_megatron_on_cpu
 
@@ -132,6 +132,8 @@ def load_all(rank: int, world: int, folder: str, sources: list[str]) -> dict[tup
     Restoring compares the digest of every live tensor on every rank with the saved one, and the
     replay check compares loss and norm.
     """
+    from hunyuan_train.resilience.guard import Guard
+
     layouts = LAYOUTS[world]
     prepare(list(layouts))
     found = {}
@@ -146,11 +148,12 @@ def load_all(rank: int, world: int, folder: str, sources: list[str]) -> dict[tup
             restored = checkpoints.restore(trial.state.tensors())
             assert restored is not None
             trial.state.updates.weights_changed()
+            trial.state.guard = Guard(trial.cfg.resilience)
             trial.state.step = restored.step
             assert checkpoints.replay_due(2)
             first = trial.update()
             checkpoints.check_replay(first)
-            found[source, name] = [first, trial.update()]
+            found[source, name] = [first, trial.update()] if source == name else [first]
     return found
 
 
@@ -178,16 +181,14 @@ def test_every_layout_resumes_from_every_other(results: tuple[dict, dict, Path])
     expected = {(one, other) for one in names for other in names if meet(one, other)}
     assert resumed.keys() == expected
     assert len(expected) == 7 * 7 + 3 * len(ENGINES)
-    for (source, name), (first, second) in resumed.items():
+    for (source, name), after in resumed.items():
         where = f"{source} -> {name}"
         if source == name:
-            assert (first, second) == tuple(made[source]), where
+            assert after == made[source], where
             continue
-        before = made[source]
-        assert off(first.loss, before[0].loss) <= 1e-6, where
-        assert off(first.grad_norm, before[0].grad_norm) <= 1e-6, where
-        # It depends on the moments too, and the update magnifies rounding.
-        assert off(second.loss, before[1].loss) <= 1e-5, where
+        before = made[source][0]
+        assert off(after[0].loss, before.loss) <= 1e-6, where
+        assert off(after[0].grad_norm, before.grad_norm) <= 1e-6, where
 
 
 def test_every_tensor_has_a_digest_in_every_layout(results: tuple[dict, dict, Path]):
