@@ -142,6 +142,16 @@ def test_process_that_dies_between_two_jobs_costs_no_attempt(processes, caplog):
     assert all("was killed by SIGKILL while it was idle" in r.message for r in caplog.records)
 
 
+def test_process_does_not_mind_what_a_scheduler_sends_to_the_whole_job(processes, caplog):
+    pids = {processes.submit("s", "array", "", 1).result(30)["pid"] for _ in range(8)}
+    for pid in pids:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(pid, number)
+    futures = [processes.submit("s", "array", "", 1) for _ in range(8)]
+    assert {future.result(30)["pid"] for future in futures} <= pids
+    assert not caplog.records
+
+
 def test_result_that_cannot_be_sent_is_a_bad_sample(processes):
     with pytest.raises(SampleError, match="its result cannot be sent"):
         processes.submit("s", "lambda").result(30)
