@@ -147,8 +147,9 @@ def test_process_does_not_mind_what_a_scheduler_sends_to_the_whole_job(processes
     for pid in pids:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(pid, number)
-    futures = [processes.submit("s", "array", "", 1) for _ in range(8)]
-    assert {future.result(30)["pid"] for future in futures} <= pids
+    futures = [processes.submit("s", "square", "", value) for value in range(8)]
+    assert [future.result(30) for future in futures] == [value * value for value in range(8)]
+    assert all(alive(pid) for pid in pids)
     assert not caplog.records
 
 
