@@ -186,6 +186,10 @@ def test_thread_that_hangs_is_replaced_and_its_late_result_ignored(caplog):
     event.set()
     assert workers.submit("near", event).result(30) is None
     workers.close()
+    # The thread that hung was let go, and ends in its own time.
+    until = time.monotonic() + 20
+    while data_threads() and time.monotonic() < until:
+        time.sleep(0.01)
     assert data_threads() == []
 
 
