@@ -231,6 +231,7 @@ def test_no_process_outlives_a_program_that_ends_in_the_middle(end, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
+    assert done.returncode == (1 if "raise" in end else -signal.SIGKILL)
     pids = [int(word) for word in done.stdout.split()]
     assert pids, done.stderr
     until = time.monotonic() + 10
