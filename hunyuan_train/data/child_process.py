@@ -115,7 +115,9 @@ class Child:
 
 def _child_main(connection: Connection, function: Callable[..., Any]) -> None:
     """Answer calls until the other end is closed; the whole life of a decoding process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    # Ctrl-C and what a scheduler sends reach all processes of a job; the parent decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         connection.send(None)

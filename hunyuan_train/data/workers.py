@@ -6,10 +6,12 @@ the job is tried once more, and if that fails too, the sample is bad. So is a sa
 function raises. Other errors (a process that cannot even start) reach whoever waits for the future.
 """
 
+import atexit
 import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -230,6 +232,7 @@ class ProcessWorkers:
             threading.Thread(target=self._serve, args=(n,), name=f"data-decode-{n}", daemon=True)
             for n in range(number)
         ]
+        _OPEN.add(self)
         for thread in self._threads:
             thread.start()
 
@@ -248,6 +251,7 @@ class ProcessWorkers:
         self.stop()
         for thread in self._threads:
             thread.join()
+        _OPEN.discard(self)
 
     def _is_closed(self) -> bool:
         return self._jobs.closed
@@ -289,3 +293,17 @@ class ProcessWorkers:
         finally:
             if child is not None:
                 child.end()
+
+
+_OPEN: "weakref.WeakSet[ProcessWorkers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_workers() -> None:
+    """End the decoding processes of a program that ends without closing its workers.
+
+    Runs before multiprocessing's own exit function, which would send them SIGTERM, which they
+    ignore, and wait for them.
+    """
+    for workers in list(_OPEN):
+        workers.close()

@@ -142,6 +142,17 @@ def test_process_that_dies_between_two_jobs_costs_no_attempt(processes, caplog):
     assert all("was killed by SIGKILL while it was idle" in r.message for r in caplog.records)
 
 
+def test_process_does_not_mind_what_a_scheduler_sends_to_the_whole_job(processes, caplog):
+    pids = {processes.submit("s", "array", "", 1).result(30)["pid"] for _ in range(8)}
+    for pid in pids:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(pid, number)
+    futures = [processes.submit("s", "square", "", value) for value in range(8)]
+    assert [future.result(30) for future in futures] == [value * value for value in range(8)]
+    assert all(alive(pid) for pid in pids)
+    assert not caplog.records
+
+
 def test_result_that_cannot_be_sent_is_a_bad_sample(processes):
     with pytest.raises(SampleError, match="its result cannot be sent"):
         processes.submit("s", "lambda").result(30)
@@ -175,6 +186,10 @@ def test_thread_that_hangs_is_replaced_and_its_late_result_ignored(caplog):
     event.set()
     assert workers.submit("near", event).result(30) is None
     workers.close()
+    # The thread that hung was let go, and ends in its own time.
+    until = time.monotonic() + 20
+    while data_threads() and time.monotonic() < until:
+        time.sleep(0.01)
     assert data_threads() == []
 
 
@@ -216,6 +231,7 @@ def test_no_process_outlives_a_program_that_ends_in_the_middle(end, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
+    assert done.returncode == (1 if "raise" in end else -signal.SIGKILL)
     pids = [int(word) for word in done.stdout.split()]
     assert pids, done.stderr
     until = time.monotonic() + 10
