@@ -155,6 +155,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a complete checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def list_steps(root: Path) -> list[int]:
     """Return the steps of all committed checkpoints under ``root``, oldest first."""
     if not root.is_dir():

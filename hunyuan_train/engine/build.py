@@ -1,5 +1,7 @@
 """The composition root: a config and a world in, the parts of a training run out."""
 
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from torch import nn
 
 from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
+from hunyuan_train.checkpoint.storage import step_of
+from hunyuan_train.checkpoint.tensor_digest import boxes, digest_boxes
 from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
@@ -24,7 +28,21 @@ from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes, build_axes
 from hunyuan_train.parallel.view import fill_part
 from hunyuan_train.resilience.guard import Guard
-from hunyuan_train.runtime.dist import World
+from hunyuan_train.resilience.replicas import Replicas
+from hunyuan_train.resilience.snapshots import Snapshots
+from hunyuan_train.runtime.dist import World, gather_objects
+from hunyuan_train.runtime.env import read_launch_env
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restored:
+    """Where the state of a run came from."""
+
+    source: str
+    """``memory`` or ``disk``."""
+    step: int
+    """Updates done in it."""
+    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -38,6 +56,10 @@ class TrainRun:
     """Of the latents, which is the same in all stores."""
     state: TrainState
     checkpoints: CheckpointManager
+    snapshots: Snapshots
+    replicas: Replicas
+    restored: Restored | None = None
+    """What this attempt went on from; None for a fresh run."""
 
 
 def build_run(cfg: RunConfig, world: World) -> TrainRun:
@@ -72,6 +94,8 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         scaling_factor=next(iter(stores.values())).meta.scaling_factor,
         state=state,
         checkpoints=build_checkpoints(cfg),
+        snapshots=build_snapshots(cfg, world),
+        replicas=Replicas(cfg.resilience, model.axes, lambda part: digest_boxes(boxes(part))),
     )
     restore(run)
     return run
@@ -81,6 +105,19 @@ def build_checkpoints(cfg: RunConfig) -> CheckpointManager:
     """Return the manager of the checkpoints in ``run.dir``; the model section is their identity."""
     folder = Path(cfg.run.dir) / "checkpoints"
     return CheckpointManager(folder, cfg.checkpoint, identity=config_dict(cfg.model))
+
+
+def build_snapshots(cfg: RunConfig, world: World) -> Snapshots:
+    """Return the copies of the state in memory; another layout or model cannot use them."""
+    layout = [config_dict(cfg.parallel), config_dict(cfg.model), cfg.stage.name]
+    return Snapshots(
+        cfg.run.dir,
+        cfg.resilience,
+        rank=world.rank,
+        world_size=world.size,
+        ranks_per_node=read_launch_env().local_world_size,
+        layout=json.dumps(layout, default=str),
+    )
 
 
 def build_on_meta(cfg: RunConfig) -> nn.Module:
@@ -113,13 +150,24 @@ def init_weights(updates: Updates, rules: Mapping[str, InitRule], seed: int) -> 
 
 
 def restore(run: TrainRun) -> None:
-    """Continue from the newest good checkpoint, or start from the weights of another stage."""
-    restored = run.checkpoints.restore(run.state.tensors())
-    if restored is not None:
-        run.state.load_counters(restored.extra)
-        run.state.updates.weights_changed()
-    elif run.cfg.stage.init_from:
-        start_from(run, Path(run.cfg.stage.init_from))
+    """Continue from memory or disk, whichever is newer, or start from another stage's weights."""
+    started, tensors = time.perf_counter(), run.state.tensors()
+    latest = gather_objects(run.checkpoints.latest() if run.world.rank == 0 else None)[0]
+    saved = step_of(latest) if latest is not None else 0
+    kept = run.snapshots.restore(tensors, least=saved)
+    if kept is not None:
+        source, counters = "memory", kept.counters
+    elif (found := run.checkpoints.restore(tensors)) is not None:
+        source, counters = "disk", found.extra
+    else:
+        if run.cfg.stage.init_from:
+            start_from(run, Path(run.cfg.stage.init_from))
+        return
+    run.state.load_counters(counters)
+    run.state.updates.weights_changed()
+    run.restored = Restored(
+        source=source, step=run.state.step, seconds=time.perf_counter() - started
+    )
 
 
 def start_from(run: TrainRun, source: Path) -> None:

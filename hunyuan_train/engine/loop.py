@@ -16,7 +16,7 @@ from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.certify import certify_start
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
-from hunyuan_train.engine.supervision import Supervision
+from hunyuan_train.engine.supervision import Supervision, job_folder
 from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
@@ -64,7 +64,7 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
     Raises:
         ValueError: for a config, data or checkpoint the run cannot go on with.
     """
-    with Heartbeat(cfg.run.dir, read_attempt(), world.rank, node=read_node()) as heart:
+    with Heartbeat(job_folder(cfg), read_attempt(), world.rank, node=read_node()) as heart:
         certify_start(cfg, world)
         claim_folder(cfg, world)
         run = build_run(cfg, world)

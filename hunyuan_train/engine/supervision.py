@@ -10,6 +10,7 @@ import torch
 
 from hunyuan_train.checkpoint.manager import SaveOutcome
 from hunyuan_train.checkpoint.replay import ReplayToken, samples_digest, samples_text
+from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.certify import describe_layout
@@ -17,8 +18,13 @@ from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.resilience.events import EventKind, Events
 from hunyuan_train.resilience.guard import Outcome as Verdict
 from hunyuan_train.resilience.heartbeat import Heartbeat
+from hunyuan_train.runtime.env import read_job_folder
 
 log = logging.getLogger(__name__)
+
+
+class SilentCorruptionError(RuntimeError):
+    """This rank's state is not what the other ranks computed from the same numbers."""
 
 
 class Supervision:
@@ -33,13 +39,21 @@ class Supervision:
         """
         self.heart = heart
         self._run = run
-        self._events = Events(run.cfg.run.dir, rank=run.world.rank)
+        self._events = Events(job_folder(run.cfg), rank=run.world.rank)
         self._first = run.world.rank == 0
+        self._compared = -1
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
-        """Prepare the background writer of checkpoints."""
-        self._run.checkpoints.start(self._run.state.tensors())
+        """Prepare the background writer of checkpoints; say where the state came from."""
+        run = self._run
+        run.checkpoints.start(run.state.tensors())
+        if run.restored is not None and self._first:
+            found = run.restored
+            log.info("step %d restored from %s in %.1f s", found.step, found.source, found.seconds)
+            self._events.emit(
+                EventKind.restore, source=found.source, step=found.step, seconds=found.seconds
+            )
         return self
 
     def __exit__(
@@ -49,10 +63,16 @@ class Supervision:
         trace: TracebackType | None,
     ) -> None:
         """Finish what is being saved, unless the run failed: then another rank may be gone."""
+        run = self._run
         if error is None:
             with self.heart.phase("save"):
-                self._report(self._run.checkpoints.finish())
-        self._run.checkpoints.close()
+                self._report(run.checkpoints.finish())
+                if run.state.step == run.cfg.stage.steps:
+                    run.snapshots.remove()
+                else:
+                    run.snapshots.finish()
+        run.snapshots.close()
+        run.checkpoints.close()
 
     def begin(self) -> None:
         """Mark the begin of an update: it waits for its data first."""
@@ -76,14 +96,45 @@ class Supervision:
         if judged.outcome is not Verdict.ok:
             self._refused(judged.outcome, judged.sentence)
         self._report(run.checkpoints.poll())
+        if run.replicas.due(state.step):
+            self._compare()
+        if run.snapshots.due(state.step):
+            run.snapshots.take(state.step, state.tensors(), state.counters())
         self.heart.beat(state.step, time.perf_counter() - self._started)
 
     def save(self) -> None:
-        """Save a checkpoint of the present state."""
+        """Save a checkpoint of the present state, compared with the other ranks if that is asked.
+
+        Raises:
+            SilentCorruptionError: this rank's state differs from that of the others.
+            ConnectionError: another rank's does.
+        """
         run, state = self._run, self._run.state
+        if run.cfg.resilience.replica_every:
+            self._compare()
         with self.heart.phase("save"):
             run.checkpoints.save(state.step, state.tensors(), state.counters())
         self._report(run.checkpoints.poll())
+
+    def _compare(self) -> None:
+        """Raise if the ranks disagree: on those to blame as their own failure, else as a peer's."""
+        run, step = self._run, self._run.state.step
+        if self._compared == step:
+            return
+        self._compared = step
+        with self.heart.phase("evaluate"):
+            verdict = run.replicas.check(step, run.state.tensors())
+        if verdict is None:
+            return
+        if self._first:
+            self._events.emit(
+                EventKind.detected, fault="corruption", step=step, ranks=list(verdict.ranks),
+                sentence=verdict.sentence,
+            )  # fmt: skip
+        run.snapshots.remove()  # they may hold what is wrong; what is on disk was compared
+        if run.world.rank in verdict.ranks:
+            raise SilentCorruptionError(verdict.sentence)
+        raise ConnectionError(f"{verdict.sentence}; this rank ends for it")
 
     def _refused(self, outcome: Verdict, sentence: str) -> None:
         if self._first:
@@ -121,7 +172,13 @@ class Supervision:
             num_samples=count,
             loss=metrics.loss.item(),
             grad_norm=metrics.grad_norm.item(),
+            dealing=f"{run.state.model.axes.size('dp')} ranks, {len(batches)} micro-batches each",
             layout=f"{describe_layout(run.cfg, run.world.size)} on {run.world.size} ranks",
             versions=f"{device} torch {torch.__version__}",
             exact=device == "cpu" or torch.are_deterministic_algorithms_enabled(),
         )
+
+
+def job_folder(cfg: RunConfig) -> str:
+    """Return where heartbeats and events go: the launcher's ``run.dir``, of a stage its parent."""
+    return read_job_folder() or cfg.run.dir

@@ -65,6 +65,7 @@ class Order:
             "MASTER_PORT": self.port,
             "TORCHELASTIC_RESTART_COUNT": self.attempt,
             "HUNYUAN_ATTEMPT": self.attempt,
+            "HUNYUAN_JOB_FOLDER": run_dir.resolve(),
             CRASH_FILE: crash_path(run_dir, self.attempt, rank).resolve(),
         }
         return {name: str(value) for name, value in values.items()}

@@ -11,6 +11,8 @@ class LaunchEnv:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int
+    """Ranks on this node."""
     restart_count: int
     """Attempts before this one that may have left keys in the store of the process group."""
     launched: bool
@@ -26,6 +28,7 @@ def read_launch_env() -> LaunchEnv:
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         restart_count=0 if own_store else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         launched="RANK" in os.environ and "MASTER_ADDR" in os.environ,
     )
@@ -43,6 +46,14 @@ def read_attempt() -> int:
 def read_node() -> int:
     """Return the number of this node among those that train, 0 without a launcher."""
     return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def read_job_folder() -> str:
+    """Return the folder in which the launcher looks for heartbeats and events; "" without one.
+
+    It is the ``run.dir`` of the command, of which a curriculum's stages are subfolders.
+    """
+    return os.environ.get("HUNYUAN_JOB_FOLDER", "")
 
 
 def child_environment(**changes: str) -> dict[str, str]:
