@@ -6,7 +6,8 @@ from hunyuan_train.cli.launching import composed, joined_world
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.engine.curriculum import run_curriculum, stage_overrides
 from hunyuan_train.engine.loop import Outcome
-from hunyuan_train.resilience.preemption import EXIT_PREEMPTED, Preemption
+from hunyuan_train.resilience.crashes import EXIT_PREEMPTED
+from hunyuan_train.resilience.preemption import Preemption
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from hunyuan_train.cli.launching import composed, joined_world
 from hunyuan_train.engine.loop import Outcome, train
-from hunyuan_train.resilience.preemption import EXIT_PREEMPTED, Preemption
+from hunyuan_train.resilience.crashes import EXIT_PREEMPTED
+from hunyuan_train.resilience.preemption import Preemption
 
 
 def main(argv: Sequence[str]) -> int:

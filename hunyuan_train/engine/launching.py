@@ -31,7 +31,6 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             argv=("-m", "hunyuan_train", verb, *kept),
             preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}",),
             preflight=partial(check_machine, cfg) if cfg.launch.preflight else None,
-            lease_s=getattr(cfg.launch, "lease_s", 10.0),
         )
     ).run()
 

@@ -105,7 +105,8 @@ class LaunchConfig:
     """Machines to go on with when no spare is left; 0 waits instead of shrinking."""
 
     rendezvous: str = ""
-    """HOST:PORT where the machines meet; empty for one machine."""
+    """HOST on the network over which the ranks talk, such as the first machine; a port after it is
+    ignored. Empty takes the network of the default route."""
 
     node_rank: int = -1
     """Number of this machine; -1 lets the rendezvous choose."""
@@ -131,6 +132,9 @@ class LaunchConfig:
     grace_s: float = 30
     """Seconds a process gets to save and end after SIGTERM."""
 
+    lease_s: float = 10
+    """Seconds of silence after which a machine counts as lost."""
+
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a count that cannot work."""
         for name in ("nodes", "ranks_per_node", "same_failure_limit"):
@@ -139,6 +143,8 @@ class LaunchConfig:
         for name in ("spares", "min_nodes", "max_restarts", "backoff_s", "grace_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"launch.{name}={getattr(self, name)} must not be negative")
+        if not self.lease_s > 0:
+            raise ValueError(f"launch.lease_s={self.lease_s} must be above 0; 10 is the default")
         if self.min_nodes > self.nodes:
             raise ValueError(
                 f"launch.min_nodes={self.min_nodes} is above launch.nodes={self.nodes}; lower it"

@@ -22,7 +22,8 @@ CRASH_FILE = "HUNYUAN_CRASH_FILE"
 """Variable in which the launcher tells a rank where to write its last exception."""
 
 EXIT_PREEMPTED = 75
-"""Exit code of a run that saved a checkpoint and ended on request."""
+"""Exit code of a run that saved a checkpoint and ended on request: EX_TEMPFAIL of sysexits.h, "try
+again later". A scheduler script restarts the same command on this code and on no other."""
 
 EXIT_BAD_INPUT = 2
 """Exit code with which a verb says that its input cannot work."""

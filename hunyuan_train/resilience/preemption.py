@@ -12,10 +12,6 @@ from torch import Tensor
 
 from hunyuan_train.resilience.config import ResilienceConfig
 
-EXIT_PREEMPTED = 75
-"""Exit code of a run that saved a checkpoint and ended on request: EX_TEMPFAIL of sysexits.h, "try
-again later". A scheduler script restarts the same command on this code and on no other."""
-
 log = logging.getLogger(__name__)
 
 

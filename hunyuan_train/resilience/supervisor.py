@@ -73,8 +73,6 @@ class Launch:
     """Modules that ranks need, imported once."""
     preflight: Callable[[], Health] | None = None
     """Checks this machine."""
-    lease_s: float = 10.0
-    """Silence after which an agent counts as lost."""
     out: TextIO = field(default_factory=lambda: sys.stderr)
 
 
@@ -110,7 +108,7 @@ class Supervisor:
                 alone = self._cfg.nodes + self._cfg.spares == 1
                 self._board = Board(
                     launch.run_dir,
-                    lease_s=launch.lease_s,
+                    lease_s=self._cfg.lease_s,
                     address=own_address(self._cfg.rendezvous, alone),
                     node_rank=self._cfg.node_rank,
                 )
@@ -127,7 +125,7 @@ class Supervisor:
         while True:
             now = time.monotonic()
             if now >= self._next_beat:
-                self._next_beat = now + self._launch.lease_s / 10
+                self._next_beat = now + self._cfg.lease_s / 10
                 self._board.beat()
             if now >= self._next_scan:
                 members = len(self._board.members)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from hunyuan_train.parallel.config import ParallelConfig
-from hunyuan_train.resilience import crashes, preemption
 from hunyuan_train.resilience.board import Attempt, Member, Plan, Report
 from hunyuan_train.resilience.config import LaunchConfig
 from hunyuan_train.resilience.crashes import (
@@ -33,10 +32,6 @@ from hunyuan_train.resilience.decisions import (
     place,
 )
 from hunyuan_train.resilience.layouts import Job, choose
-
-
-def test_the_exit_code_of_preemption_is_the_one_of_the_run() -> None:
-    assert crashes.EXIT_PREEMPTED == preemption.EXIT_PREEMPTED
 
 
 def test_an_exception_is_left_for_the_launcher_once_and_read_back(

@@ -1,7 +1,7 @@
 """Jobs of fake ranks: scripts without torch, run by the real supervisor in its own process.
 
 As a program: ``fake_job.py RUN_DIR SCRIPT [field=value ...]`` with fields of LaunchConfig, plus
-``watchdog_s``, ``lease_s`` and ``preload``.
+``watchdog_s`` and ``preload``.
 """
 
 import json
@@ -143,7 +143,7 @@ def main(run_dir: str, script: str, *fields: str) -> int:
             values[name] = value
     resilience = ResilienceConfig(watchdog_s=values.pop("watchdog_s", 0))
     resilience.watchdog_min_s = min(resilience.watchdog_min_s, resilience.watchdog_s)
-    lease_s, preload = values.pop("lease_s", 10.0), values.pop("preload", [])
+    preload = values.pop("preload", [])
     cfg = LaunchConfig(**values)
     launch = Launch(
         cfg=cfg,
@@ -156,7 +156,6 @@ def main(run_dir: str, script: str, *fields: str) -> int:
         run_dir=Path(run_dir),
         argv=(script,),
         preload=tuple(preload),
-        lease_s=lease_s,
     )
     return Supervisor(launch).run()
 

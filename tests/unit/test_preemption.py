@@ -9,7 +9,8 @@ import torch
 from distributed import run_distributed
 
 from hunyuan_train.resilience.config import ResilienceConfig
-from hunyuan_train.resilience.preemption import EXIT_PREEMPTED, Preemption
+from hunyuan_train.resilience.crashes import EXIT_PREEMPTED
+from hunyuan_train.resilience.preemption import Preemption
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
