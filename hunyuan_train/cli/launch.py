@@ -19,6 +19,8 @@ are. run.dir must be a folder that all of them see."""
 def main(argv: Sequence[str]) -> int:
     """Keep a verb going; return 0 when it is done, 75 after a signal, 1 when it was given up.
 
+    2 is an input that the verb cannot work with: no restart helps.
+
     Raises:
         ValueError: for a config that cannot work, in one line per problem.
     """

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return module.main(rest)
     except ValueError as error:
-        record_crash(error)
-        print(f"hunyuan-train {verb}: {error}", file=sys.stderr)
+        if not record_crash(error):  # else the launcher says it, once for all ranks
+            print(f"hunyuan-train {verb}: {error}", file=sys.stderr)
         return 2
     except BaseException as error:
         record_crash(error)

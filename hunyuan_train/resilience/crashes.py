@@ -50,6 +50,8 @@ class Kind(StrEnum):
     """A signal: a crash in native code, the kernel short of memory, somebody's kill."""
     exit = "exit"
     """An exit code without an exception."""
+    refused = "refused"
+    """Exit code 2: its verb said in a sentence that the input cannot work."""
     hang = "hang"
     """No progress: the watchdog ended it."""
 
@@ -77,6 +79,8 @@ class Failure:
         """What the rank died of."""
         if self.hung:
             return Kind.hang
+        if self.code == EXIT_BAD_INPUT:
+            return Kind.refused
         if not self.type:
             return Kind.signal if self.code < 0 else Kind.exit
         if self.type in _PEER_LOST_TYPES or _PEER_LOST.search(self.message):
@@ -88,8 +92,6 @@ class Failure:
         """What two attempts have in common when the code or the data is at fault, else None."""
         if self.kind is Kind.exception:
             return self.rank, self.step, self.type, _VARYING.sub("#", self.message)
-        if self.kind is Kind.exit and self.code == EXIT_BAD_INPUT:
-            return self.rank, self.step, "exit", "2"
         return None
 
     def sentence(self) -> str:
@@ -122,15 +124,24 @@ def crash_path(run_dir: Path, attempt: int, rank: int) -> Path:
     return health_folder(run_dir, attempt) / f"rank-{rank}.error"
 
 
-def record_crash(error: BaseException) -> None:
+def record_crash(error: BaseException) -> bool:
     """Leave ``error`` where the launcher asked for it; without a launcher do nothing.
 
     A verb's top level calls it for the exception that ends the process. It never raises: the
     original error must stay the one that is seen. The first record stays.
+
+    Returns:
+        Whether there is a record, which the launcher reads.
     """
     target = child_environment().get(CRASH_FILE)
-    if not target or isinstance(error, SystemExit | KeyboardInterrupt) or Path(target).exists():
-        return
+    if not target or isinstance(error, SystemExit | KeyboardInterrupt):
+        return False
+    if not Path(target).exists():
+        _write_crash(error, Path(target))
+    return Path(target).exists()
+
+
+def _write_crash(error: BaseException, path: Path) -> None:
     lines = "".join(traceback.format_exception(error)).splitlines()
     crash = {
         "type": type(error).__name__,
@@ -139,7 +150,6 @@ def record_crash(error: BaseException) -> None:
         "trace": "\n".join(lines[-_TRACEBACK_LINES:]),
     }
     with suppress(OSError):
-        path = Path(target)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(crash))

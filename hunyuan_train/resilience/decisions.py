@@ -11,6 +11,7 @@ from typing import Any
 from hunyuan_train.resilience.board import Attempt, Member, Plan
 from hunyuan_train.resilience.config import LaunchConfig
 from hunyuan_train.resilience.crashes import (
+    EXIT_BAD_INPUT,
     EXIT_PREEMPTED,
     Failure,
     Kind,
@@ -147,6 +148,8 @@ def _lost(facts: Facts, attempt: Attempt) -> list[int]:
 
 def _after_failure(facts: Facts, failures: Sequence[Failure]) -> Decision:
     cfg = facts.cfg
+    if refused := [failure for failure in failures if failure.kind is Kind.refused]:
+        return Stop(EXIT_BAD_INPUT, refused[0].message or refused[0].sentence())
     history = [failures_of(attempt) for attempt in facts.attempts]
     if (again := repeated(history, cfg.same_failure_limit)) is not None:
         return Stop(

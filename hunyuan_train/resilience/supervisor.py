@@ -98,7 +98,7 @@ class Supervisor:
         """Take part until the job is over.
 
         Returns:
-            0 done, 75 stopped by a signal after saving, 1 given up.
+            0 done, 75 stopped by a signal after saving, 2 bad input, 1 given up.
         """
         launch = self._launch
         with StopSignals(launch.resilience.preemption_signals) as self._signals:
@@ -232,7 +232,8 @@ class Supervisor:
             self._agent = None
 
     def _tell_failure(self, attempt: int, failure: Failure) -> None:
-        log.warning("%s", failure.sentence())
+        if failure.kind is not Kind.refused:  # that is told once, as the job's end
+            log.warning("%s", failure.sentence())
         self._events.emit(
             EventKind.detected, attempt=attempt, rank=failure.rank, node=failure.node,
             fault=failure.kind, step=failure.step, sentence=failure.sentence(),

@@ -59,6 +59,7 @@ def test_an_exception_is_left_for_the_launcher_once_and_read_back(
     [
         ({"code": -9}, Kind.signal),
         ({"code": 3}, Kind.exit),
+        ({"code": 2, "type": "ValueError", "message": "no NCCL here"}, Kind.refused),
         ({"code": -9, "hung": True, "message": "behind"}, Kind.hang),
         ({"code": 1, "type": "KeyError", "message": "x"}, Kind.exception),
         (
@@ -98,8 +99,6 @@ def test_only_the_same_rank_step_and_exception_repeat() -> None:
     assert repeated([first, [Failure(rank=0, node=0, code=-9)], [raised()]], 2) is not None
     killed = [Failure(rank=0, node=0, code=-9)]
     assert repeated([killed] * 5, 2) is None
-    refused = [Failure(rank=0, node=0, code=2)]
-    assert repeated([refused, refused], 2) is not None
 
 
 JOB = Job(parallel=ParallelConfig(tp=2, dp_replicate=2), world_size=16, micro_steps=3, num_heads=24)
@@ -211,6 +210,18 @@ def test_the_ends_of_an_attempt() -> None:
     assert isinstance(grown, Begin)
     assert grown.plan.tickets == [1, 2]
     assert [kind for kind, _ in grown.events] == ["grow"]
+
+
+def test_an_input_that_one_rank_refuses_stops_the_job_whatever_became_of_the_others() -> None:
+    refused = Failure(rank=1, node=0, code=2, type="ValueError", message="data.x=1 is odd")
+    others = [killed(1), raised(0, message="Connection closed by peer"), raised(2)]
+    over = attempt(0, [1, 2], {0: [2, 1], 1: [-9]}, *others, refused)
+    for here in (members(1, 2), members(1)):
+        assert decide(facts(here, over)) == Stop(2, "data.x=1 is odd")
+    silent = attempt(0, [1], {0: [2]}, dataclasses.replace(refused, type="", message=""))
+    assert decide(facts(members(1), silent, nodes=1)) == Stop(
+        2, "rank 1 on node 0 ended with exit code 2"
+    )
 
 
 def test_a_job_that_grows_back_may_change_its_micro_steps_back() -> None:

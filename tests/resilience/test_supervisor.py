@@ -73,6 +73,29 @@ def test_the_same_exception_at_the_same_step_twice_is_called_an_error_of_the_cod
     assert "bad width" in stop["why"].splitlines()[-1]
 
 
+def test_an_input_that_is_refused_ends_the_job_with_2_and_one_sentence(tmp_path: Path) -> None:
+    """One rank refuses it; the other one loses its peer first, and is not to blame."""
+    body = """
+if rank == 1:
+    from hunyuan_train.cli import main
+    def refuse(argv):
+        note("refuses")
+        time.sleep(0.3)
+        raise ValueError("data.width=7 is odd; take 8")
+    import types
+    sys.modules["hunyuan_train.cli.train"] = types.SimpleNamespace(main=refuse)
+    sys.exit(main.main(["train"]))
+wait_for(lambda: (run_dir / f"refuses-{attempt}-1").exists())
+raise RuntimeError("Connection closed by peer")
+"""
+    code, text = run(tmp_path, body, "ranks_per_node=2")
+    assert code == 2, text
+    assert text.count("data.width=7 is odd; take 8") == 1
+    assert len(events(tmp_path, "attempt_start")) == 1
+    (found,) = events(tmp_path, "detected")
+    assert (found["rank"], found["fault"]) == (1, "refused")
+
+
 def test_exceptions_of_different_ranks_and_signals_are_restarted_until_the_limit(
     tmp_path: Path,
 ) -> None:
