@@ -1,6 +1,7 @@
 """Reading a checkpoint folder: all tensors, one section, or into another model's."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hunyuan_train.checkpoint.storage import (
     find_damage,
     list_steps,
     step_folder,
+    step_of,
 )
 
 log = logging.getLogger(__name__)
@@ -167,6 +169,9 @@ def inspect(folder: Path, ranks: Ranks, *, hashes: bool) -> tuple[Manifest | Non
     if manifest is None:
         assert problem is not None
         return None, [problem]
+    if re.fullmatch(r"step-\d+", folder.name) and step_of(folder) != manifest.step:
+        reason = f"holds step {manifest.step}: it was copied or renamed"
+        return manifest, [Damage(file=folder.name, reason=reason)]
     names = sorted(manifest.files)
     if METADATA not in names:
         return manifest, [Damage(file=METADATA, reason="is not in the manifest")]

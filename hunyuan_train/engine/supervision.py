@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,10 +15,14 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.certify import describe_layout
+from hunyuan_train.engine.own_work import OwnWork
 from hunyuan_train.engine.step import StepMetrics
+from hunyuan_train.resilience.clock import DATA, OTHER, REFUSED, STEP, Clock
+from hunyuan_train.resilience.drill import drilled
 from hunyuan_train.resilience.events import EventKind, Events
 from hunyuan_train.resilience.guard import Outcome as Verdict
 from hunyuan_train.resilience.heartbeat import Heartbeat
+from hunyuan_train.runtime.dist import World
 from hunyuan_train.runtime.env import read_job_folder
 
 log = logging.getLogger(__name__)
@@ -30,17 +35,20 @@ class SilentCorruptionError(RuntimeError):
 class Supervision:
     """Follows the steps of one stage on one rank; every rank makes the same calls."""
 
-    def __init__(self, run: TrainRun, heart: Heartbeat) -> None:
+    def __init__(self, run: TrainRun, heart: Heartbeat, clock: Clock) -> None:
         """Start watching.
 
         Args:
             run: The run, restored.
             heart: Where this rank says what it does.
+            clock: Where it says what its time went into.
         """
-        self.heart = heart
+        self.heart = drilled(heart, run)
+        self.clock = clock
         self._run = run
         self._events = Events(job_folder(run.cfg), rank=run.world.rank)
         self._first = run.world.rank == 0
+        self._own = OwnWork(run.cfg, run.world.device)
         self._compared = -1
         self._started = time.perf_counter()
 
@@ -54,6 +62,7 @@ class Supervision:
             self._events.emit(
                 EventKind.restore, source=found.source, step=found.step, seconds=found.seconds
             )
+        self.clock.ready(run.state.step, run.restored.seconds if run.restored else 0.0)
         return self
 
     def __exit__(
@@ -71,16 +80,25 @@ class Supervision:
                     run.snapshots.remove()
                 else:
                     run.snapshots.finish()
+                self.clock.lap("save")
+        self.clock.leave(error)
         run.snapshots.close()
         run.checkpoints.close()
 
     def begin(self) -> None:
         """Mark the begin of an update: it waits for its data first."""
+        self._own.begin()
+        self.clock.lap(OTHER)
         self._started = time.perf_counter()
         self.heart.phase("data")
 
-    def end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
+    def end(self, metrics: StepMetrics, batches: Sequence[Batch], waited_s: float) -> None:
         """Take the numbers of an update: compare a replayed one, judge the one before.
+
+        Args:
+            metrics: Of the update.
+            batches: What it was computed from.
+            waited_s: Seconds it waited for them.
 
         Raises:
             ValueError: the first update after a restore differs from the one the checkpoint keeps;
@@ -93,14 +111,21 @@ class Supervision:
             run.checkpoints.record_replay(state.step - 1, token)
         ids = [name for batch in batches if batch.weight for name in batch.sample_ids]
         judged = state.guard.check(state.step, metrics.loss, metrics.grad_norm, ids, metrics.kind)
+        self.clock.lap(STEP)  # with the replay and the guard, which wait for the device
+        self.clock.move(STEP, DATA, waited_s)
         if judged.outcome is not Verdict.ok:
+            self.clock.move(STEP, REFUSED, time.perf_counter() - self._started)
             self._refused(judged.outcome, judged.sentence)
         self._report(run.checkpoints.poll())
+        self.clock.lap("save")
         if run.replicas.due(state.step):
             self._compare()
         if run.snapshots.due(state.step):
             run.snapshots.take(state.step, state.tensors(), state.counters())
-        self.heart.beat(state.step, time.perf_counter() - self._started)
+            self.clock.lap("snapshot")
+        busy_s, cost = self._own.measure(batches)
+        self.heart.beat(state.step, time.perf_counter() - self._started, busy_s=busy_s, cost=cost)
+        self.clock.done(state.step)
 
     def save(self) -> None:
         """Save a checkpoint of the present state, compared with the other ranks if that is asked.
@@ -115,6 +140,8 @@ class Supervision:
         with self.heart.phase("save"):
             run.checkpoints.save(state.step, state.tensors(), state.counters())
         self._report(run.checkpoints.poll())
+        self.clock.lap("save")
+        self.clock.done(state.step, tell=True)
 
     def _compare(self) -> None:
         """Raise if the ranks disagree: on those to blame as their own failure, else as a peer's."""
@@ -124,6 +151,7 @@ class Supervision:
         self._compared = step
         with self.heart.phase("evaluate"):
             verdict = run.replicas.check(step, run.state.tensors())
+        self.clock.lap("evaluate")
         if verdict is None:
             return
         if self._first:
@@ -182,3 +210,11 @@ class Supervision:
 def job_folder(cfg: RunConfig) -> str:
     """Return where heartbeats and events go: the launcher's ``run.dir``, of a stage its parent."""
     return read_job_folder() or cfg.run.dir
+
+
+def open_clock(cfg: RunConfig, world: World) -> Clock:
+    """Return the clock of a stage; a curriculum's stages are told apart by their folders."""
+    job = Path(job_folder(cfg)).resolve()
+    folder = Path(cfg.run.dir).resolve()
+    stage = str(folder.relative_to(job)) if folder.is_relative_to(job) else str(folder)
+    return Clock(job, "" if stage == "." else stage, world.rank)

@@ -4,6 +4,8 @@ import signal
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from hunyuan_train.resilience.faults import parse_faults
+
 
 class GuardAction(StrEnum):
     """What to do about a loss or gradient that is not finite, or a loss that jumps."""
@@ -58,7 +60,7 @@ class ResilienceConfig:
     """Updates between two comparisons of what several ranks hold alike; 0 compares nothing."""
 
     faults: list[str] = field(default_factory=list)
-    """Faults to inject in a drill, as kind@rank:step[:key=value]."""
+    """Faults to inject in a drill, as kind@rank:step[:key=value]; see ``resilience.faults``."""
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a signal this system does not have or cannot catch."""
@@ -73,6 +75,7 @@ class ResilienceConfig:
                 raise ValueError(
                     f"resilience.{name}={getattr(self, name)} must be at least {least}"
                 )
+        parse_faults(self.faults)
 
 
 _LEAST = {
