@@ -28,6 +28,7 @@ from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.precompute import precompute
 from hunyuan_train.engine.step import build_inputs, train_step
+from hunyuan_train.engine.supervision import open_clock
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.optim.groups import build_optimizer
@@ -86,13 +87,14 @@ def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    clock = open_clock(cfg, run.world)
     with StepMeter(run) as meter:
 
         def full() -> None:
             batches = state.loader.next_step()
             meter.add(train_step(state, batches, cfg, run.world, scale), 0.0)
             if cfg.logging.due(state.step):
-                meter.emit()
+                meter.emit(clock)
 
         for _ in range(3):
             full()

@@ -16,7 +16,7 @@ from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.certify import certify_start
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
-from hunyuan_train.engine.supervision import Supervision, job_folder
+from hunyuan_train.engine.supervision import Supervision, job_folder, open_clock
 from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
@@ -65,11 +65,14 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
         ValueError: for a config, data or checkpoint the run cannot go on with.
     """
     with Heartbeat(job_folder(cfg), read_attempt(), world.rank, node=read_node()) as heart:
+        clock = open_clock(cfg, world)
         certify_start(cfg, world)
+        clock.lap("certify")
         claim_folder(cfg, world)
         run = build_run(cfg, world)
+        clock.lap("build")
         log.info("%s", run.state.loader.describe())
-        with StepMeter(run) as meter, Supervision(run, heart) as watch:
+        with StepMeter(run) as meter, Supervision(run, heart, clock) as watch:
             return run_steps(run, meter, watch, preemption)
 
 
@@ -85,9 +88,9 @@ def run_steps(
         waited_s = time.perf_counter() - started
         metrics = train_step(state, batches, cfg, run.world, run.scaling_factor, watch.heart)
         meter.add(metrics, waited_s)
-        watch.end(metrics, batches)
+        watch.end(metrics, batches, waited_s)
         if cfg.logging.due(state.step) or state.step == last:
-            meter.emit()
+            meter.emit(watch.clock)
         stop = preemption.requested()
         if stop or state.step == last or run.checkpoints.due(state.step):
             watch.save()

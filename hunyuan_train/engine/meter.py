@@ -12,6 +12,7 @@ from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.observability.flops import peak_tflops
 from hunyuan_train.observability.metrics import MetricLogger, Throughput
 from hunyuan_train.observability.progress import Progress
+from hunyuan_train.resilience.clock import DATA, STEP, Clock
 from hunyuan_train.runtime.device import peak_memory_bytes, synchronize
 from hunyuan_train.runtime.dist import max_over_ranks
 
@@ -60,12 +61,17 @@ class StepMeter:
         self._throughput.add(tokens=metrics.tokens, flops=metrics.flops, data_wait_s=data_wait_s)
         self._progress.advance(self._run.state.step)
 
-    def emit(self) -> None:
-        """Write one row of means since the last one; every rank calls it at the same step."""
+    def emit(self, clock: Clock) -> None:
+        """Write one row of means since the last one; every rank calls it at the same step.
+
+        What the slowest rank waited for data beyond this one is data wait on ``clock``: the others
+        waited for it inside their steps.
+        """
         run, steps = self._run, self._steps
         if not steps:
             return
         synchronize(run.world.device)
+        clock.lap(STEP)
         for metrics in steps:
             self._buckets.add(metrics.micro_steps, metrics.watch.seconds())
         self._buckets.emit(run.state.step)
@@ -73,6 +79,8 @@ class StepMeter:
         memory = peak_memory_bytes(run.world.device) / 2**30
         worst = max_over_ranks(torch.tensor([memory, rates["data_wait"]], dtype=torch.float64))
         replaced = torch.tensor(float(run.state.loader.replaced), device=run.world.device)
+        beyond = worst[1].item() - rates["data_wait"]
+        clock.move(STEP, DATA, beyond * rates["step_s"] * len(steps))
         rates["data_wait"] = worst[1].item()
         row: dict[str, Tensor | float | int | str] = {
             "loss": torch.stack([s.loss for s in steps]).mean(),

@@ -135,6 +135,7 @@ class Supervision:
             ConnectionError: another rank's does.
         """
         run, state = self._run, self._run.state
+        self.clock.lap(OTHER)
         if run.cfg.resilience.replica_every:
             self._compare()
         with self.heart.phase("save"):
