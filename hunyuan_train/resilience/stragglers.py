@@ -5,12 +5,14 @@ own seconds per predicted cost of its work (``Beat.busy`` and ``Beat.cost``), an
 with the other ranks in the same updates.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hunyuan_train.resilience.config import ResilienceConfig
+from hunyuan_train.resilience.events import EventKind, Events
 from hunyuan_train.resilience.watchdog import RankState
 
 _DEVIATIONS = 3.0
@@ -23,8 +25,15 @@ _ENTER, _LEAVE = 0.75, 0.5
 
 A rank slower by exactly ``straggler_factor`` measures a little less half of the time."""
 
+_LONG = 10
+"""A straggler for this many times ``straggler_steps`` is not going to get well."""
+
+_COMPARED = ("running", "blocked")
+
 _NORMAL = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,42 @@ class Straggler:
     steps: int
     """Updates for which it has been suspect."""
     sentence: str
+
+
+class StragglerReport:
+    """Tells of stragglers: of each when it begins and when it is over."""
+
+    def __init__(self, cfg: ResilienceConfig, events: Events, attempt: int) -> None:
+        """Start without history, with the ranks of a new attempt."""
+        self._detector, self._events, self.attempt = StragglerDetector(cfg), events, attempt
+        self._long = _LONG * cfg.straggler_steps
+        self._slow: dict[int, Straggler] = {}
+        self._named: set[int] = set()
+
+    def follow(self, states: Sequence[RankState]) -> list[Straggler]:
+        """Take what was observed of all ranks.
+
+        Returns:
+            One straggler of each node that has been slow for long, once.
+        """
+        if any(state.process not in _COMPARED for state in states):
+            return []
+        found = {straggler.rank: straggler for straggler in self._detector.observe(states)}
+        for rank, straggler in found.items():
+            if rank not in self._slow:
+                log.warning("%s", straggler.sentence)
+                self._events.emit(
+                    EventKind.detected, attempt=self.attempt, fault="straggler", rank=rank,
+                    node=straggler.node, slowness=round(straggler.slowness, 2),
+                    sentence=straggler.sentence,
+                )  # fmt: skip
+        for rank in self._slow.keys() - found.keys():
+            log.warning("rank %d is as fast as the others again", rank)
+        self._slow = found
+        long = {s.node: s for s in found.values() if s.steps > self._long}
+        fresh = [s for node, s in long.items() if node not in self._named]
+        self._named |= long.keys()
+        return fresh
 
 
 def lower_median(values: Sequence[float]) -> float:
@@ -110,7 +155,9 @@ class StragglerDetector:
         you like.
         """
         now = {state.rank: state for state in states if state.process not in ("missing", "dead")}
-        if now.keys() != self._last.keys():
+        if now.keys() != self._last.keys() or any(
+            state.cost < self._last[rank].cost for rank, state in now.items()
+        ):  # other ranks, or another stage that counts from 0
             self._last = now
             return []
         steps = min((now[rank].step - self._last[rank].step for rank in now), default=0)

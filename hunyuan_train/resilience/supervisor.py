@@ -42,6 +42,7 @@ from hunyuan_train.resilience.health import Health, compare
 from hunyuan_train.resilience.layouts import Job
 from hunyuan_train.resilience.standby import Standby
 from hunyuan_train.resilience.stop_signals import StopSignals
+from hunyuan_train.resilience.stragglers import StragglerReport
 from hunyuan_train.resilience.watchdog import POLL_S, Fault, Monitor, RankState, judge
 
 TICK_S = 0.03
@@ -85,6 +86,7 @@ class Supervisor:
         self._events = Events(launch.run_dir)
         self._agent: Agent | None = None
         self._monitor: Monitor | None = None
+        self._pace: StragglerReport | None = None
         self._done_attempt = -1  # the last one this node has reported
         self._told = ""
         self.planned: dict[int, Member] = {}
@@ -237,6 +239,7 @@ class Supervisor:
         self._events.emit(
             EventKind.detected, attempt=attempt, rank=failure.rank, node=failure.node,
             fault=failure.kind, step=failure.step, sentence=failure.sentence(),
+            since=failure.since,
         )  # fmt: skip
 
     def _report(self, node: int, attempt: Attempt | None, agent: Agent | None) -> None:
@@ -258,6 +261,7 @@ class Supervisor:
     def _check_progress(self, agent: Agent, monitor: Monitor) -> None:
         """Kill what hangs; with several machines, tell the leader what is seen here."""
         if agent.order.nodes == 1:
+            self._compare(agent.order.attempt, monitor.states)
             for verdict in monitor.check():
                 if verdict.kind in (Fault.hung, Fault.stopped):
                     agent.kill(verdict.rank, verdict.sentence)
@@ -353,10 +357,26 @@ class Supervisor:
         """Compare the ranks of all machines, where there are several."""
         told = [m for m in self._board.members.values() if m.attempt == last.plan.attempt]
         states = [RankState.received(state) for member in told for state in member.states]
+        if len(told) == len(last.plan.tickets):
+            self._compare(last.plan.attempt, states)
         faults = [v for v in judge(states) if v.kind in (Fault.hung, Fault.stopped)]
         if faults and len(told) == len(last.plan.tickets):
             hung = {str(verdict.rank): verdict.sentence for verdict in faults}
             self._alarm(last, {"why": faults[0].sentence, "hung": hung})
+
+    def _compare(self, attempt: int, states: list[RankState]) -> None:
+        """Tell of slow ranks, and how to go on without a machine that stays slow."""
+        if self._pace is None or self._pace.attempt != attempt:
+            self._pace = StragglerReport(self._launch.resilience, self._events, attempt)
+        for slow in self._pace.follow(states):
+            last = self._board.attempts.get(attempt)
+            if last is not None and len(last.plan.tickets) > 1:
+                member = self.planned[last.plan.tickets[slow.node]]
+                log.warning(
+                    "node %d stays slow; to go on without it run `kill -9 %d` on %s: its launcher "
+                    "ends, and a spare takes its place or the job shrinks, as after any loss",
+                    slow.node, member.pid, member.host,
+                )  # fmt: skip
 
     def _alarm(self, last: Attempt, content: dict[str, Any]) -> None:
         if self._board.put(f"alarm-{last.plan.attempt}", content):

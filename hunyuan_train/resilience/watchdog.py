@@ -260,6 +260,8 @@ class Monitor:
                 path.unlink()
         self._dumped: list[tuple[int, Beat | None]] = []
         self._last: float | None = None
+        self.states: list[RankState] = []
+        """What was observed last."""
         self.stacks = ""
         """What the last :meth:`dump` found: equal stacks once, the rarest first."""
 
@@ -294,7 +296,8 @@ class Monitor:
         now = time.monotonic() if now is None else now
         gap = min(now - self._last, _LONGEST_GAP_S) if self._last is not None else 0.0
         self._last = now
-        return [self._observe(rank, gap) for rank in self._ranks]
+        self.states = [self._observe(rank, gap) for rank in self._ranks]
+        return self.states
 
     def _observe(self, rank: int, gap: float) -> RankState:
         beat, before = read_beat(beat_path(self._run_dir, self._attempt, rank)), self._beats[rank]
