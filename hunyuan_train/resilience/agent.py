@@ -6,7 +6,7 @@ Free of torch, so that it runs within a second of the command.
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -156,10 +156,13 @@ class Agent:
         beat = read_beat(beat_path(self._run_dir, attempt, rank))
         step = -1 if beat is None else beat.step
         if rank in self._hung:
+            since = 0.0 if beat is None else time.time() - time.monotonic() + beat.time
             return Failure(
-                rank=rank, node=node, code=code, step=step, message=self._hung[rank], hung=True
-            )
-        return read_failure(self._run_dir, attempt, rank, node, code, step)
+                rank=rank, node=node, code=code, step=step, message=self._hung[rank], hung=True,
+                since=since,
+            )  # fmt: skip
+        failure = read_failure(self._run_dir, attempt, rank, node, code, step)
+        return replace(failure, since=self._standby.ended_at.get(rank, 0.0))
 
     def _remind(self, now: float) -> None:
         """Repeat requests, and kill what had its time."""

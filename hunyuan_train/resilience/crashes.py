@@ -73,6 +73,8 @@ class Failure:
     trace: str = ""
     """Last lines of the traceback."""
     hung: bool = False
+    since: float = 0.0
+    """System time of its end, or of its last sign of life if it hung; 0 is unknown."""
 
     @property
     def kind(self) -> Kind:

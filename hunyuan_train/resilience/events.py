@@ -26,7 +26,7 @@ class EventKind(StrEnum):
     attempt_end = "attempt_end"
     """An attempt is over; exit_codes."""
     detected = "detected"
-    """A rank is dead, stopped, hung or slow; fault, seconds, sentence."""
+    """A rank is dead, stopped, hung or slow; fault, since (when it failed), sentence."""
     begin = "begin"
     """The first rank's process enters a stage; stage, process, started (when the process was)."""
     ready = "ready"

@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ class Standby:
         self.running: set[int] = set()
         """Keys of the ranks that were started and have not ended."""
         self.pids: dict[int, int] = {}
+        self.ended_at: dict[int, float] = {}
+        """When a rank that has ended did, by the system clock."""
 
     def start(self, key: int, argv: Sequence[str], env: dict[str, str], log: Path) -> None:
         """Start ``python argv...`` with ``env`` on top of ours and its output added to ``log``."""
@@ -80,6 +83,7 @@ class Standby:
                 self.pids[message["key"]] = message["pid"]
             else:
                 codes[message["key"]] = message["code"]
+                self.ended_at[message["key"]] = message["time"]
         if self._process.poll() is not None:
             codes |= {key: -signal.SIGKILL for key in self.running if key not in codes}
         self.running -= codes.keys()
@@ -188,9 +192,9 @@ def _report_ends(connection: socket.socket, children: dict[int, int]) -> None:
         if end.si_code != os.CLD_EXITED or end.si_status:
             # While the dead rank is not reaped, its number cannot belong to another group.
             _kill_group(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         del children[key]
-        _tell(connection, {"key": key, "code": os.waitstatus_to_exitcode(status)})
+        _tell(connection, {"key": key, "code": code, "time": time.time()})
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
