@@ -20,6 +20,10 @@ from hunyuan_train.resilience.crashes import (
 )
 from hunyuan_train.resilience.heartbeat import beat_path, health_folder, read_beat
 from hunyuan_train.resilience.standby import Standby
+from hunyuan_train.runtime.env import child_environment
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Variable that names gloo's network interface; what the user set stays."""
 
 STOP_GRACE_S = 0.5
 """Seconds between SIGTERM and SIGKILL once a rank has failed: the others hang in a collective and
@@ -43,6 +47,8 @@ class Order:
     address: str
     """Where rank 0 listens."""
     port: int
+    interface: str = ""
+    """Network interface for gloo, which else takes the one of the machine's name."""
     argv: tuple[str, ...]
     """Arguments of Python: ``-m hunyuan_train VERB ...`` or a script."""
 
@@ -68,6 +74,8 @@ class Order:
             "HUNYUAN_JOB_FOLDER": run_dir.resolve(),
             CRASH_FILE: crash_path(run_dir, self.attempt, rank).resolve(),
         }
+        if self.interface and GLOO_INTERFACE not in child_environment():
+            values[GLOO_INTERFACE] = self.interface
         return {name: str(value) for name, value in values.items()}
 
 

@@ -12,10 +12,12 @@ Free of torch. Three rules make it safe without locks or a common clock:
   part of a new one.
 """
 
+import fcntl
 import json
 import os
 import re
 import socket
+import struct
 import time
 import uuid
 from contextlib import suppress
@@ -26,6 +28,10 @@ from typing import Any
 from hunyuan_train.resilience.crashes import Failure
 from hunyuan_train.resilience.heartbeat import process_start
 
+LOOPBACK = "127.0.0.1"
+_ANYWHERE = "8.8.8.8"
+"""Any address beyond the default route; nothing is sent there."""
+_SIOCGIFADDR = 0x8915
 _NAME = re.compile(r"(plan|meet|alarm|report|resize|stop)-(\d+)(?:-(\d+))?\.json")
 
 
@@ -41,6 +47,8 @@ class Member:
     pid: int = 0
     started: int = 0
     address: str = ""
+    network: str = ""
+    """Boot and network namespace: where an address of the loopback interface means it."""
     node_rank: int = -1
     """The node number it asks for, -1 for any."""
     beat: int = 0
@@ -125,7 +133,8 @@ class Board:
         self.me = Member(
             ticket=0,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=_machine("pid"),
+            network=_machine("net"),
             pid=os.getpid(),
             started=process_start(os.getpid())[1],
             address=address,
@@ -237,7 +246,7 @@ class Board:
                 self.skew_s[ticket] = min(ahead, self.skew_s.get(ticket, ahead))
         elif now - since > self._lease_s:
             self._gone.add(ticket)
-        if member.left or (member.machine == _machine() and not _runs(member)):
+        if member.left or (member.machine == _machine("pid") and not _runs(member)):
             self._gone.add(ticket)
         return None if ticket in self._gone else member
 
@@ -282,20 +291,54 @@ def newest_checkpoint(run_dir: Path) -> list[Any]:
 def own_address(rendezvous: str, alone: bool) -> str:
     """Return the address at which other machines reach this one.
 
+    Debian gives a machine's own name an address of the loopback interface. So a name that leads
+    there is only used if nothing else is known.
+
     Args:
         rendezvous: ``HOST`` or ``HOST:PORT``; the address is that of the interface towards it.
-            Empty takes the address of this machine's name.
+            Empty takes the interface of the default route, and without one this machine's name.
         alone: Whether no other machine takes part.
+
+    Raises:
+        ValueError: ``rendezvous`` is unknown.
     """
     if alone and not rendezvous:
-        return "127.0.0.1"
-    host = rendezvous.rpartition(":")[0] or rendezvous or socket.gethostname()
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing; the kernel picks the interface
-            return probe.getsockname()[0]
-    except OSError as error:
-        raise ValueError(f"launch.rendezvous={rendezvous}: {host} is unknown: {error}") from error
+        return LOOPBACK
+    host = rendezvous.rpartition(":")[0] or rendezvous
+    if host:
+        try:
+            address = _address_towards(host)
+        except OSError as error:
+            text = f"launch.rendezvous={rendezvous}: {host} is unknown: {error}"
+            raise ValueError(text) from error
+        if not is_loopback(address) or host == "localhost" or is_loopback(host):
+            return address
+    for target in (_ANYWHERE, socket.gethostname()):
+        with suppress(OSError):
+            return _address_towards(target)
+    return LOOPBACK
+
+
+def _address_towards(host: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing; the kernel picks the interface
+        return probe.getsockname()[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address means the machine itself, whoever uses it."""
+    return address.startswith("127.")
+
+
+def interface_of(address: str) -> str:
+    """Return the name of the network interface that has ``address``; empty if none has."""
+    for _, name in socket.if_nameindex():
+        request = struct.pack("256s", name.encode()[:15])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
+            if socket.inet_ntoa(found) == address:
+                return name
+    return ""
 
 
 def free_port(attempt: int) -> int:
@@ -308,9 +351,9 @@ def free_port(attempt: int) -> int:
     raise OSError(f"no free port from {start} to {start + 3000}")
 
 
-def _machine() -> str:
+def _machine(namespace: str) -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{boot}/{os.readlink(f'/proc/self/ns/{namespace}')}"
 
 
 def _runs(member: Member) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hunyuan_train.resilience.board import Attempt, Member, Plan
+from hunyuan_train.resilience.board import Attempt, Member, Plan, is_loopback
 from hunyuan_train.resilience.config import LaunchConfig
 from hunyuan_train.resilience.crashes import (
     EXIT_BAD_INPUT,
@@ -211,6 +211,8 @@ def _begin(facts: Facts, delay_s: float) -> Decision:
     if before is not None and ACCEPT in before.overrides and ACCEPT not in overrides:
         overrides = [*overrides, ACCEPT]  # the folder holds the config of the smaller world
     tickets = place(usable, before.tickets if before else [], nodes)
+    if hidden := _hidden([facts.members[ticket] for ticket in tickets]):
+        return Stop(EXIT_BAD_INPUT, hidden)
     hosts = [facts.members[ticket].host for ticket in tickets]
     if before is not None:
         events += _changes(before, tickets, hosts, overrides)
@@ -222,6 +224,18 @@ def _begin(facts: Facts, delay_s: float) -> Decision:
         excluded=excluded,
     )
     return Begin(plan, delay_s, events)
+
+
+def _hidden(members: Sequence[Member]) -> str:
+    """Return a sentence about a machine that the others cannot reach, empty if there is none."""
+    if len({member.network for member in members}) > 1:
+        for member in members:
+            if is_loopback(member.address):
+                return (
+                    f"{member.host} has no address that other machines reach, only "
+                    f"{member.address}; set launch.rendezvous to the address of one of the machines"
+                )
+    return ""
 
 
 def _layout(facts: Facts, usable: int) -> tuple[int, list[str]] | None:

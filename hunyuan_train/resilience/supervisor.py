@@ -21,6 +21,8 @@ from hunyuan_train.resilience.board import (
     Member,
     Report,
     free_port,
+    interface_of,
+    is_loopback,
     newest_checkpoint,
     own_address,
 )
@@ -199,6 +201,7 @@ class Supervisor:
             node=node,
             nodes=len(plan.tickets),
             ranks=self._cfg.ranks_per_node,
+            interface="" if is_loopback(board.me.address) else interface_of(board.me.address),
             argv=(*self._launch.argv, *plan.overrides),
             **attempt.meet,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hunyuan_train.resilience import board as module
-from hunyuan_train.resilience.board import Board, newest_checkpoint, own_address
+from hunyuan_train.resilience.board import Board, interface_of, newest_checkpoint, own_address
 
 
 class Clock:
@@ -141,5 +141,35 @@ def test_progress_is_the_newest_checkpoint_of_the_last_stage(tmp_path: Path) -> 
 def test_the_address_is_that_of_the_interface_towards_the_rendezvous() -> None:
     assert own_address("", alone=True) == "127.0.0.1"
     assert own_address("127.0.0.1:29500", alone=False) == "127.0.0.1"
+    assert own_address("localhost", alone=False) == "127.0.0.1"
     with pytest.raises(ValueError, match=r"launch\.rendezvous=no-such-host\.invalid"):
         own_address("no-such-host.invalid", alone=False)
+
+
+def test_a_name_that_leads_to_the_machine_itself_gives_way_to_the_default_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Debian, where the machine's own name is 127.0.1.1."""
+    routes = {"8.8.8.8": "10.0.0.7", "me": "127.0.0.1", "other": "10.1.0.7"}
+
+    def towards(host: str) -> str:
+        if host not in routes:
+            raise OSError("no route")
+        return routes[host]
+
+    monkeypatch.setattr(module, "_address_towards", towards)
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "me")
+    assert own_address("", alone=False) == "10.0.0.7"
+    assert own_address("me:29500", alone=False) == "10.0.0.7"
+    assert own_address("other", alone=False) == "10.1.0.7"
+    del routes["8.8.8.8"]
+    assert own_address("", alone=False) == "127.0.0.1"
+    routes["me"] = "10.2.0.7"
+    assert own_address("", alone=False) == "10.2.0.7"
+    del routes["me"]
+    assert own_address("", alone=False) == "127.0.0.1"
+
+
+def test_the_interface_of_an_address_is_found() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") == ""

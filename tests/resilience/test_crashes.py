@@ -189,6 +189,18 @@ def test_a_job_begins_when_its_machines_are_here_and_with_fewer_only_after_patie
     assert begin.plan.tickets == [1]
 
 
+def test_machines_that_only_know_themselves_are_refused_unless_they_are_one() -> None:
+    here = members(1, 2, address="127.0.0.1", network="one")
+    assert isinstance(decide(facts(here)), Begin)
+    here[2] = dataclasses.replace(here[2], network="two")
+    stop = decide(facts(here))
+    assert isinstance(stop, Stop)
+    assert stop.code == 2
+    assert "h1 has no address that other machines reach, only 127.0.0.1" in stop.why
+    apart = {t: dataclasses.replace(m, address=f"10.0.0.{t}") for t, m in here.items()}
+    assert isinstance(decide(facts(apart)), Begin)
+
+
 def test_a_sick_machine_is_left_out_and_stops_the_job_only_where_nobody_can_replace_it() -> None:
     sick = {2: dataclasses.replace(members(2)[2], healthy=False, why="disk full")}
     begin = decide(facts(members(1, 3) | sick, spares=1))
