@@ -21,7 +21,6 @@ from hunyuan_train.data.manifest import VIDEO_SUFFIXES
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.scan import index_sources, probe_key
 from hunyuan_train.data.store import Sample, StoreMeta, Text
-from hunyuan_train.data.transforms import to_model_range
 
 _KEPT_TEXTS = 64
 """Captions whose features are kept; 4 MiB each with the released text encoder."""
@@ -33,8 +32,8 @@ class PixelEncoder(Protocol):
     fingerprint: str
     scaling_factor: float
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std, float32 [B, C, T, h, w], of pixels [B, 3, F, H, W] in [-1, 1]."""
+    def encode(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Return mean and std, float32 [B, C, T, h, w], of clips uint8 [F, H, W, 3]."""
         ...
 
 
@@ -82,7 +81,7 @@ class OnlineStore:
         root = Path(cfg.source)
         self._root = root if root.is_dir() else root.parent
         self.index = Index.open(folder)
-        tiny = torch.zeros(1, 3, 1, 64, 64)
+        tiny = [np.zeros((1, 64, 64, 3), np.uint8)]
         self.meta = StoreMeta(
             format=FORMAT,
             index=folder.name,
@@ -155,7 +154,7 @@ class OnlineStore:
         fitting = [pixels for pixels in decoded if pixels.shape == shape]
         encoded: Iterator[tuple[Tensor, Tensor]] = iter(())
         if fitting:
-            encoded = zip(*self._vae.encode(to_model_range(fitting)), strict=True)
+            encoded = zip(*self._vae.encode(fitting), strict=True)
         for row, pixels, text in zip(rows, decoded, texts, strict=True):
             if pixels.shape != shape:
                 detail = f"its pixels have shape {list(pixels.shape)} instead of {list(shape)}"

@@ -1,8 +1,10 @@
 """The VAE as an encoding service: pixels in, posterior mean and standard deviation out."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ class LatentEncoder:
 
     Args:
         vae: The VAE, already on ``device``; its gradients are not used.
-        device: Where pixels are sent for encoding.
-        dtype: Number format of the pixels; that of the VAE's weights.
+        device: Where pixels are sent, as bytes, and encoded.
+        dtype: Number format the VAE gets; that of the VAE's weights.
         scaling_factor: What the VAE's latents are multiplied with before the diffusion model.
     """
 
@@ -59,14 +61,21 @@ class LatentEncoder:
         self.fingerprint = weights_fingerprint(vae.state_dict(), salt)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode pixels [B, 3, F, H, W] in [-1, 1].
+    def encode(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Encode clips of one shape, uint8 [F, H, W, 3].
 
         Returns:
             Unscaled posterior mean and standard deviation, float32 [B, C, T, h, w] on the CPU.
         """
-        posterior = self._vae.encode(pixels.to(self._device, self._dtype))
+        pixels = to_model_range(clips, self._device).to(self._dtype)
+        posterior = self._vae.encode(pixels)
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
+
+
+def to_model_range(clips: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """Return uint8 clips [F, H, W, 3] of one shape as float32 [B, 3, F, H, W] in [-1, 1]."""
+    stacked = torch.stack([torch.from_numpy(clip).to(device) for clip in clips])
+    return stacked.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
 
 def weights_fingerprint(weights: dict[str, Tensor], salt: str = "") -> str:

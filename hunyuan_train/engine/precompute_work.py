@@ -16,7 +16,6 @@ from hunyuan_train.data.dataset import PixelSample, check_readable, decode_sampl
 from hunyuan_train.data.manifest import Source
 from hunyuan_train.data.parts import Part, PartStore, key_of
 from hunyuan_train.data.quarantine import MediaError, Reason
-from hunyuan_train.data.transforms import to_model_range
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import TextEncoder
 
@@ -229,7 +228,7 @@ class _LatentBatches:
     def _encode(self, bucket: Bucket) -> None:
         waiting = self._waiting.pop(bucket)
         self._pixels -= len(waiting) * _num_pixels(bucket)
-        mean, std = self._vae.encode(to_model_range([pixels for _, _, pixels in waiting]))
+        mean, std = self._vae.encode([pixels for _, _, pixels in waiting])
         for row, (key, number, _) in enumerate(waiting):
             stored = {"mean": mean[row].to(self._dtype), "std": std[row].to(self._dtype)}
             if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):

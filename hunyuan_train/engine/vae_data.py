@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hunyuan_train.data.buckets import Bucket
@@ -12,6 +11,7 @@ from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.dataset import decode_samples
 from hunyuan_train.data.manifest import Source, list_sources
 from hunyuan_train.data.quarantine import MediaError
+from hunyuan_train.encoders.latents import to_model_range
 from hunyuan_train.runtime.seed import keyed_generator, keyed_permutation
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ class PixelBatches:
         generator = keyed_generator(self._seed, "vae_batch", step)
         clips = self._clips[self._buckets[generator.choice(len(self._buckets), p=self._shares)]]
         chosen = generator.integers(len(clips), size=self._batch_size)
-        pixels = torch.from_numpy(np.stack([clips[index] for index in chosen]))
-        return pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+        return to_model_range([clips[index] for index in chosen])
 
 
 def _chosen(sources: list[Source], per_media: int, seed: int) -> list[Source]:

@@ -1,8 +1,8 @@
+import numpy as np
 import torch
 from media_factory import FakeVae
 
-from hunyuan_train.data.transforms import to_model_range
-from hunyuan_train.encoders.latents import LatentEncoder, weights_fingerprint
+from hunyuan_train.encoders.latents import LatentEncoder, to_model_range, weights_fingerprint
 
 
 def test_fingerprint_names_the_weights_and_the_precision():
@@ -24,10 +24,12 @@ def test_fingerprint_sees_names_shapes_and_dtypes():
 
 
 def test_pixels_reach_the_vae_in_its_range_and_moments_come_back_in_float32():
-    clips = to_model_range([torch.full((1, 16, 16, 3), 255, dtype=torch.uint8).numpy()])
-    assert clips.shape == (1, 3, 1, 16, 16)
-    assert clips.min() == clips.max() == 1.0
+    clips = [np.full((1, 16, 16, 3), value, np.uint8) for value in (0, 255)]
+    pixels = to_model_range(clips)
+    assert pixels.shape == (2, 3, 1, 16, 16)
+    assert [pixel.unique().tolist() for pixel in pixels] == [[-1.0], [1.0]]
     mean, std = LatentEncoder(FakeVae().double(), dtype=torch.float64).encode(clips)
     assert mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad
-    assert mean.shape == (1, 4, 1, 2, 2)
+    assert mean.shape == (2, 4, 1, 2, 2)
+    assert mean[:, 0, 0, 0, 0].tolist() == [-1.0, 1.0]
