@@ -13,6 +13,7 @@ from hunyuan_train.config.run import (
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
 from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.config import FlowMatchingConfig
@@ -36,6 +37,7 @@ class RunConfig:
     objective: FlowMatchingConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
+    memory: MemoryConfig
     checkpoint: CheckpointConfig
     resilience: ResilienceConfig
     logging: LoggingConfig

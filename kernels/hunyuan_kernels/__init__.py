@@ -1,0 +1,1 @@
+"""Fused kernels of a video diffusion transformer, each beside the plain PyTorch it replaces."""
