@@ -1,0 +1,1 @@
+"""A gated branch added to the residual stream."""

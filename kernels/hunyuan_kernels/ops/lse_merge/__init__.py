@@ -1,0 +1,1 @@
+"""Attention over further keys merged into a running output."""

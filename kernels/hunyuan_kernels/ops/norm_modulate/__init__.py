@@ -1,0 +1,1 @@
+"""LayerNorm without affine, modulated by a shift and a scale per sample."""
