@@ -64,11 +64,13 @@ def compare(op: str, *args: Any, seed: int = 0, **kwargs: Any) -> list[Deviation
     exact = _run(reference_fn, args, kwargs, seed, wide=True)
     eager = _run(reference_fn, args, kwargs, seed, wide=False)
     # Keeps a dispatch that would quietly run the reference from passing.
-    with mock.patch.object(
-        import_module(f"{home}.reference"), op, side_effect=AssertionError("not dispatched")
+    with (
+        mock.patch.object(
+            import_module(f"{home}.reference"), op, side_effect=AssertionError("not dispatched")
+        ),
+        dispatch.also_on(device),
     ):
-        with dispatch.also_on(device):
-            fused = _run(fused_fn, args, kwargs, seed, wide=False)
+        fused = _run(fused_fn, args, kwargs, seed, wide=False)
     assert list(fused) == list(eager) == list(exact)
     return [_deviation(name, fused[name], eager[name], exact[name]) for name in exact]
 

@@ -33,7 +33,7 @@ def test_kernel_is_no_worse_than_eager(batch, tokens, heads, width, dtype):
 
 @pytest.mark.kernel
 def test_several_tiles_per_program():
-    # 529 tiles of 16 heads would take 529 programs; they are cut into 34 of 16 tiles.
+    # 270 heads are 34 tiles of 8, cut into programs of 16 tiles.
     check("qk_norm_rope", *inputs(1, 135, 2, 128, torch.float32))
 
 

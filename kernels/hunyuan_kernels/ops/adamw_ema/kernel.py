@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def adamw_ema_kernel(
     param_ptr, grad_ptr, first_ptr, second_ptr, ema_ptr, copy_ptr,
     corrections_ptr, skip_ptr, factor_ptr,
@@ -17,9 +17,10 @@ def adamw_ema_kernel(
     ``corrections`` holds 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t).
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if HAS_SKIP:
-        count = tl.where(tl.load(skip_ptr) == 0.0, count, 0)
     mask = at < count
+    if HAS_SKIP:  # noqa: SIM102 - the pointer is None otherwise
+        if tl.load(skip_ptr) != 0.0:
+            return
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_FACTOR:
         grad = grad * tl.load(factor_ptr)

@@ -9,7 +9,7 @@ from torch import Tensor
 from hunyuan_kernels import dispatch, launch
 from hunyuan_kernels.ops.adamw_ema import reference
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _update(
     for place, param in enumerate(params):
         if not param.numel():
             continue
-        adamw_ema_kernel[(-(-param.numel() // _BLOCK),)](
+        launch.on_grid(adamw_ema_kernel, -(-param.numel() // _BLOCK))(
             param, grads[place], exp_avgs[place], exp_avg_sqs[place],
             emas[place] if emas else None, copies[place] if copies else None,
             corrections[place], skip, grad_factor,

@@ -38,7 +38,7 @@ def _forward(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     batch, tokens, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = launch.power_of_two(width)
-    gated_residual_fwd_kernel[(batch * tokens,)](
+    launch.on_grid(gated_residual_fwd_kernel, batch * tokens)(
         x, gate, branch, out,
         tokens, width, x.stride(0), x.stride(1), gate.stride(0), branch.stride(0),
         branch.stride(1), BLOCK=block, num_warps=launch.warps(block),
@@ -61,7 +61,7 @@ def _backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tenso
     programs, rows_each = launch.reduction(tokens)
     sums = launch.partials(batch, programs, width, like=branch)
     block = min(launch.power_of_two(width), _BACKWARD_BLOCK)
-    gated_residual_bwd_kernel[(programs, batch, -(-width // block))](
+    launch.on_grid(gated_residual_bwd_kernel, programs, batch, -(-width // block))(
         grad, gate, branch, dbranch, sums,
         tokens, width, rows_each, grad.stride(0), grad.stride(1), gate.stride(0),
         branch.stride(0), branch.stride(1), BLOCK=block, num_warps=launch.warps(block),

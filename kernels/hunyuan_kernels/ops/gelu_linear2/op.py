@@ -44,7 +44,7 @@ def _forward(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     rows, width = _rows(mlp), mlp.shape[-1]
     activated = torch.empty(rows.shape, dtype=mlp.dtype, device=mlp.device)
-    gelu_fwd_kernel[(rows.shape[0], -(-width // _BLOCK))](
+    launch.on_grid(gelu_fwd_kernel, rows.shape[0], -(-width // _BLOCK))(
         rows, activated, width, rows.stride(0), BLOCK=_BLOCK, num_warps=launch.warps(_BLOCK)
     )
     out = torch.addmm(bias.to(attn.dtype), _rows(attn), weight[:, : attn.shape[-1]].t())
@@ -68,7 +68,7 @@ def _backward(
     near, far = weight[:, : attn.shape[-1]], weight[:, attn.shape[-1] :]
     dmlp = grad @ far  # the gradient of the activated values, for now
     activated = torch.empty_like(dmlp)
-    gelu_bwd_kernel[(rows.shape[0], -(-width // _BLOCK))](
+    launch.on_grid(gelu_bwd_kernel, rows.shape[0], -(-width // _BLOCK))(
         rows, dmlp, activated, width, rows.stride(0),
         BLOCK=_BLOCK, num_warps=launch.warps(_BLOCK),
     )  # fmt: skip

@@ -4,19 +4,20 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def lse_merge_kernel(
     out_ptr, lse_ptr, block_ptr, block_lse_ptr, merged_ptr,
-    rows, tokens, heads, width,
+    rows, width,
     out_sample, out_row, out_head, block_sample, block_row, block_head,
     lse_sample, lse_head, lse_row, new_sample, new_head, new_row,
     to_sample, to_head, to_row,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of [B * S * A, E]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """ROWS of the S * A rows [E] of one sample."""
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    head, token, sample = row % heads, (row // heads) % tokens, row // heads // tokens
+    head, token = row % HEADS, (row // HEADS).to(tl.int64)
     lse = tl.load(
         lse_ptr + sample * lse_sample + head * lse_head + token * lse_row, mask=live, other=0.0
     ).to(tl.float32)

@@ -35,13 +35,13 @@ def _merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> Tensor
 
     block = launch.rows_first(block)
     merged = torch.empty_like(lse)
-    _, tokens, heads, width = out.shape
-    cols, rows = launch.power_of_two(width), out.numel() // width
+    batch, tokens, heads, width = out.shape
+    cols, rows = launch.power_of_two(width), tokens * heads
     tile = max(_TILE // cols, 1)
-    lse_merge_kernel[(-(-rows // tile),)](
-        out, lse, block, block_lse, merged, rows, tokens, heads, width,
+    launch.on_grid(lse_merge_kernel, -(-rows // tile), batch)(
+        out, lse, block, block_lse, merged, rows, width,
         *out.stride()[:3], *block.stride()[:3], *lse.stride(), *block_lse.stride(),
-        *merged.stride(), ROWS=tile, COLS=cols, num_warps=launch.warps(tile * cols),
+        *merged.stride(), HEADS=heads, ROWS=tile, COLS=cols, num_warps=launch.warps(tile * cols),
     )  # fmt: skip
     return merged
 

@@ -38,7 +38,7 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (launch.partials(batch, tokens, like=x) for _ in range(2))
     block = launch.power_of_two(width)
-    norm_modulate_fwd_kernel[(batch * tokens,)](
+    launch.on_grid(norm_modulate_fwd_kernel, batch * tokens)(
         x, shift, scale, y, mean, rstd,
         tokens, width, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), eps,
         BLOCK=block, num_warps=launch.warps(block),
@@ -64,7 +64,7 @@ def _backward(
     programs, rows_each = launch.reduction(tokens)
     sums = launch.partials(2, batch, programs, width, like=x)
     block = launch.power_of_two(width)
-    norm_modulate_bwd_kernel[(programs, batch)](
+    launch.on_grid(norm_modulate_bwd_kernel, programs, batch)(
         grad, x, scale, mean, rstd, dx, sums[0], sums[1],
         tokens, width, rows_each,
         grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), scale.stride(0),

@@ -37,23 +37,24 @@ def turn_norm_backward(
     return (grad * weight - normed * mean) * rstd, terms
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    rows, tokens, heads, width, eps,
+    rows, width, eps,
     q_sample, q_row, q_head, k_sample, k_row, k_head, table_row,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of [B * S * A, E], q and k."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    head, token, sample = row % heads, (row // heads) % tokens, row // heads // tokens
+    """ROWS of the S * A rows [E] of one sample, q and k."""
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, token = row % HEADS, (row // HEADS).to(tl.int64)
     pairs, cols = tl.arange(0, PAIRS), tl.arange(0, 2 * PAIRS)
     mask = (row < rows)[:, None] & (cols < width)[None, :]
     table = token[:, None] * table_row + pairs[None, :]
     in_table = (row < rows)[:, None] & (pairs < width // 2)[None, :]
     cos = tl.load(cos_ptr + table, mask=in_table, other=0.0)
     sin = tl.load(sin_ptr + table, mask=in_table, other=0.0)
-    out = row[:, None] * width + cols[None, :]
+    out = (sample * rows + row)[:, None] * width + cols[None, :]
     weight = tl.load(q_weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
     place = (sample * q_sample + token * q_row + head * q_head)[:, None] + cols[None, :]
     q = norm_turn(q_ptr + place, weight, cos, sin, mask, width, eps, ROWS, PAIRS)
@@ -64,21 +65,21 @@ def qk_norm_rope_fwd_kernel(
     tl.store(k_out_ptr + out, k.to(k_out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "tiles_each"])
+@triton.jit(do_not_specialize=["rows", "tiles_each"])
 def qk_norm_rope_bwd_kernel(
     x_ptr, grad_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, dweight_ptr,
-    rows, tokens, heads, width, eps, tiles_each,
+    rows, width, eps, tiles_each,
     x_sample, x_row, x_head, grad_sample, grad_row, grad_head, table_row,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one program for q or k: dx, and their share of dweight [programs, E]."""
-    part = tl.program_id(0).to(tl.int64)
+    """Tiles of one program for q or k: dx, and their share of dweight [B, programs, E]."""
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pairs, cols = tl.arange(0, PAIRS), tl.arange(0, 2 * PAIRS)
     weight = tl.load(weight_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
     dweight = tl.full((ROWS, 2 * PAIRS), 0.0, tl.float32)
     for tile in range(tiles_each):
         row = (part * tiles_each + tile) * ROWS + tl.arange(0, ROWS)
-        head, token, sample = row % heads, (row // heads) % tokens, row // heads // tokens
+        head, token = row % HEADS, (row // HEADS).to(tl.int64)
         mask = (row < rows)[:, None] & (cols < width)[None, :]
         table = token[:, None] * table_row + pairs[None, :]
         in_table = (row < rows)[:, None] & (pairs < width // 2)[None, :]
@@ -86,12 +87,13 @@ def qk_norm_rope_bwd_kernel(
         sin = tl.load(sin_ptr + table, mask=in_table, other=0.0)
         place = (sample * x_sample + token * x_row + head * x_head)[:, None] + cols[None, :]
         from_ = (sample * grad_sample + token * grad_row + head * grad_head)[:, None]
-        dx, terms = turn_norm_backward(
+        dx, terms = turn_norm_backward(  # pyright: ignore[reportGeneralTypeIssues]
             x_ptr + place, grad_ptr + from_ + cols[None, :], weight, cos, sin, mask, width, eps,
             ROWS, PAIRS,
         )  # fmt: skip
         dweight += terms
-        out = row[:, None] * width + cols[None, :]
+        out = (sample * rows + row)[:, None] * width + cols[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     share = tl.sum(dweight, axis=0)
-    tl.store(dweight_ptr + part * width + cols, share, mask=cols < width)
+    out = (sample * tl.num_programs(0) + part) * width + cols
+    tl.store(dweight_ptr + out, share, mask=cols < width)
