@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from hunyuan_train.memory.config import MemoryConfig
+from hunyuan_train.memory.recompute import apply_recompute
 from hunyuan_train.models.spec import ShardingPlan
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.layout import Slices
@@ -38,27 +40,40 @@ class ParallelModel:
 
 
 def parallelize(
-    model: nn.Module, plan: ShardingPlan, axes: Axes, cfg: ParallelConfig
+    model: nn.Module,
+    plan: ShardingPlan,
+    axes: Axes,
+    cfg: ParallelConfig,
+    memory: MemoryConfig | None = None,
 ) -> ParallelModel:
-    """Apply the layout to a single-device ``model`` in place: TP and SP, then CP, then ZeRO.
+    """Apply the layout to a single-device ``model`` in place, in the order of the lines below.
+
+    Without ``memory`` blocks keep for their backward all that autograd saves.
 
     Raises:
         ValueError: heads or hidden units cannot be divided so, or a package is missing.
     """
     check_divisors(plan, cfg)
     slices, partial = apply_tensor(model, plan, axes, cfg)
-    apply_context(model, plan, axes)
+    apply_context(model, plan, axes, memory)
+    if memory is not None:
+        apply_recompute(model, plan, memory)
     if cfg.zero_engine is ZeroEngine.torch:
         apply_zero(model, plan, axes, cfg)
     return ParallelModel(model, axes, slices, partial)
 
 
-def apply_context(model: nn.Module, plan: ShardingPlan, axes: Axes) -> None:
-    """Install sequence-sharded token streams and the attention that spans them."""
+def apply_context(
+    model: nn.Module, plan: ShardingPlan, axes: Axes, memory: MemoryConfig | None = None
+) -> None:
+    """Install sequence-sharded token streams and the attention that spans them.
+
+    With ``memory`` also the attention of one device is replaced, by one that can be recomputed.
+    """
     tokens = ShardedTokens(axes)
-    if tokens.shards == 1:
+    if tokens.shards == 1 and memory is None:
         return
-    for name in plan.token_modules:
+    for name in plan.token_modules if tokens.shards > 1 else ():
         model.get_submodule(name).tokens = tokens  # pyright: ignore[reportArgumentType]
     core = ContextCore(
         axes.group("cp_ring") if axes.size("cp_ring") > 1 else None,

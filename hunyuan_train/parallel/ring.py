@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hunyuan_train.models.kept import kept
 from hunyuan_train.models.shapes import Heads
 from hunyuan_train.parallel.local_attention import attend, attend_backward
 
@@ -242,7 +243,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: ChunkMasks | None, ring: _Ring
     ) -> Tensor:
-        out, lse = _forward(ring, q, k, v, masks)
+        out, lse = kept(lambda: _forward(ring, q, k, v, masks))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.masks, ctx.ring = masks, ring
         return out

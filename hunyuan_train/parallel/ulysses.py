@@ -84,14 +84,17 @@ class ContextCore(nn.Module):
         self.ring = ring
         self.ulysses = ulysses if ulysses is not None and ulysses.size() > 1 else None
 
-    def forward(self, q: Heads, k: Heads, v: Heads, key_mask: ChunkMasks | None) -> JointTokens:
+    def forward(
+        self, q: Heads, k: Heads, v: Heads, key_mask: ChunkMasks | Tensor | None
+    ) -> JointTokens:
         """Attend to the keys of all ranks.
 
         Args:
             q: this rank's rows [B, s, A, E]; A counts the heads local to tensor parallelism.
             k: keys, same shape.
             v: values, same shape.
-            key_mask: which keys exist, per ring rank; None when all do.
+            key_mask: which keys exist, per ring rank, or [B, s] on a rank that has all of them;
+                None when all do.
 
         Returns:
             [B, s, A*E], heads merged head-major as by ``models.attention.attention``.
@@ -99,6 +102,8 @@ class ContextCore(nn.Module):
         Raises:
             ValueError: if the Ulysses group does not divide the heads.
         """
+        if isinstance(key_mask, Tensor):
+            key_mask = ChunkMasks((None,), (key_mask,))
         if self.ulysses is None:
             return ring_attention(q, k, v, key_mask, self.ring).flatten(2)
         q, k, v = gather_sequence(q, k, v, self.ulysses)
