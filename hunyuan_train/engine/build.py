@@ -137,7 +137,7 @@ def lay_out(
     if cfg.parallel.compute_dtype == "float64":
         module = module.double()
     rules = init_rules(module)
-    model = parallelize(module, sharding_plan(cfg.model), axes, cfg.parallel)
+    model = parallelize(module, sharding_plan(cfg.model), axes, cfg.parallel, cfg.memory)
     if cfg.parallel.zero_engine is ZeroEngine.torch:
         model.module.to_empty(device=device)
     return model, rules

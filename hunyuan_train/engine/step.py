@@ -10,6 +10,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.state import TrainState
+from hunyuan_train.memory.recompute import mode_of, set_recompute
 from hunyuan_train.models.hunyuan.text_refiner import trim_text
 from hunyuan_train.objectives.conditioning import (
     apply_text_drop,
@@ -212,6 +213,7 @@ def train_step(
         last = number == len(batches)
         heart.phase("forward", str(batch.bucket))
         updates.start_micro_step(last=last)
+        set_recompute(state.model.module, mode_of(cfg.memory, str(batch.bucket)))
         x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum * batch.weight

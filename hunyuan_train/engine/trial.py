@@ -13,6 +13,7 @@ from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.build import init_weights, lay_out
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.step import train_step
+from hunyuan_train.memory.config import MemoryConfig, Recompute
 from hunyuan_train.models.spec import InitKind, InitRule
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates
@@ -116,7 +117,8 @@ def run_trial(
 def reference_config(cfg: RunConfig) -> RunConfig:
     """Return ``cfg`` for one process with torch alone, in float32 (float64 stays)."""
     dtype = "float64" if cfg.parallel.compute_dtype == "float64" else "float32"
-    return replace(cfg, parallel=ParallelConfig(zero_stage=0, compute_dtype=dtype))
+    parallel = ParallelConfig(zero_stage=0, compute_dtype=dtype)
+    return replace(cfg, parallel=parallel, memory=MemoryConfig(recompute=Recompute.none))
 
 
 def _nowhere_zero(rules: Mapping[str, InitRule]) -> dict[str, InitRule]:

@@ -54,6 +54,9 @@ class MemoryConfig:
     offload_share: float = 1.0
     """Share of the blocks whose kept tensors are moved."""
 
+    offload_min_mib: float = 1.0
+    """Kept tensors smaller than this stay on the device."""
+
     attention: AttentionKernel = AttentionKernel.auto
     """Attention kernel; auto measures those that are there at the start and takes the fastest."""
 
@@ -71,6 +74,8 @@ class MemoryConfig:
         """
         if not 0 < self.offload_share <= 1:
             raise ValueError(f"memory.offload_share={self.offload_share} must be in (0, 1]")
+        if self.offload_min_mib < 0:
+            raise ValueError(f"memory.offload_min_mib={self.offload_min_mib} must be 0 or more")
         known = [mode.value for mode in Recompute if mode is not Recompute.auto]
         for bucket, mode in self.recompute_of.items():
             if mode not in known:

@@ -32,8 +32,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 log = logging.getLogger(__name__)
 
-MIN_BYTES = 2**20
-"""Smaller tensors stay: their copies cost more to start than they free."""
 PAGE_BYTES = 2**24
 """16 MiB: long enough for the full speed of a link, and torch rounds pinned memory up to a power of
 two."""
@@ -255,7 +253,7 @@ class Offload:
         self,
         blocks: int,
         share: float = 1.0,
-        min_bytes: int = MIN_BYTES,
+        min_bytes: float = 2**20,
         page_bytes: int = PAGE_BYTES,
     ) -> None:
         self._chosen = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(blocks)]

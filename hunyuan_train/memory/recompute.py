@@ -141,12 +141,21 @@ def apply_recompute(model: nn.Module, plan: ShardingPlan, memory: MemoryConfig) 
     ]
     offload = None
     if memory.offload is not Switch.off:
-        offload = Offload(len(blocks), memory.offload_share)
+        min_bytes = memory.offload_min_mib * 2**20
+        offload = Offload(len(blocks), memory.offload_share, min_bytes)
     for index, block in enumerate(blocks):
         block.forward = BlockForward(block.forward, index, offload)
 
 
-def set_recompute(model: nn.Module, mode: Recompute, offload: bool = False) -> None:
+def may_keep_attention(memory: MemoryConfig | None) -> bool:
+    """Return whether some bucket of a run may have selective recompute."""
+    if memory is None:
+        return False
+    modes = {memory.recompute.value, *memory.recompute_of.values()}
+    return not modes.isdisjoint({Recompute.auto.value, Recompute.selective.value})
+
+
+def set_recompute(model: nn.Module, mode: Recompute, offload: bool = True) -> None:
     """Choose what the blocks keep in the forwards from now on; call it before a micro-step.
 
     A backward does what the mode of its forward was. Ranks with different micro-batches may differ
@@ -155,7 +164,8 @@ def set_recompute(model: nn.Module, mode: Recompute, offload: bool = False) -> N
     Args:
         model: as ``apply_recompute`` left it; anything else can only keep everything.
         mode: none, selective or full.
-        offload: whether what is kept may be moved to the host meanwhile.
+        offload: whether what is kept may be moved to the host meanwhile; only with
+            ``memory.offload``.
     """
     assert mode is not Recompute.auto, "auto is resolved by mode_of"
     found = 0

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from hunyuan_train.memory.config import MemoryConfig
-from hunyuan_train.memory.recompute import apply_recompute
+from hunyuan_train.memory.recompute import apply_recompute, may_keep_attention
 from hunyuan_train.models.spec import ShardingPlan
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.layout import Slices
@@ -55,7 +55,7 @@ def parallelize(
     """
     check_divisors(plan, cfg)
     slices, partial = apply_tensor(model, plan, axes, cfg)
-    apply_context(model, plan, axes, memory)
+    apply_context(model, plan, axes, keep_attention=may_keep_attention(memory))
     if memory is not None:
         apply_recompute(model, plan, memory)
     if cfg.zero_engine is ZeroEngine.torch:
@@ -64,14 +64,14 @@ def parallelize(
 
 
 def apply_context(
-    model: nn.Module, plan: ShardingPlan, axes: Axes, memory: MemoryConfig | None = None
+    model: nn.Module, plan: ShardingPlan, axes: Axes, keep_attention: bool = False
 ) -> None:
     """Install sequence-sharded token streams and the attention that spans them.
 
-    With ``memory`` also the attention of one device is replaced, by one that can be recomputed.
+    With ``keep_attention`` also the attention of one device is replaced: its results can be kept.
     """
     tokens = ShardedTokens(axes)
-    if tokens.shards == 1 and memory is None:
+    if tokens.shards == 1 and not keep_attention:
         return
     for name in plan.token_modules if tokens.shards > 1 else ():
         model.get_submodule(name).tokens = tokens  # pyright: ignore[reportArgumentType]
