@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def inputs(batch, tokens, width, dtype, device="cpu", seed=0):
     torch.manual_seed(seed)
-    x = 3 * torch.randn(batch, tokens, 2 * width, device=device).to(dtype)[..., :width] + 1
+    x = (3 * torch.randn(batch, tokens, 2 * width, device=device) + 1).to(dtype)[..., :width]
     # As the blocks give them: cuts of one linear's output.
     shift, scale, _ = torch.randn(batch, 3 * width, device=device).to(dtype).chunk(3, dim=-1)
     return tuple(t.detach().requires_grad_() for t in (x, shift, scale))
