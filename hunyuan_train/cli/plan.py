@@ -1,29 +1,63 @@
-"""``hunyuan-train plan``: what a run would do, told before it does it."""
+"""``hunyuan-train plan``: what a run would do and what fits, told before it does it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from hunyuan_train.cli.launching import composed
-from hunyuan_train.engine.planning import CHART_NAME, JSON_NAME, plan_data
+from hunyuan_train.engine import plan_report, planning
+from hunyuan_train.engine.plan_verify import verify_plan
+from hunyuan_train.engine.planning_run import plan_run
 
-TOPICS = {"data": "buckets, shares, predicted balance and left-out files of the selection"}
+TOPICS = {
+    "data": "buckets, shares, predicted balance and left-out files of the selection",
+    "verify": "measures one block of each kind here and compares it with the prediction",
+}
 _RANKS = "--ranks"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan the topic that comes first, with ``--ranks N`` and the overrides of a run after it."""
-    if not argv or argv[0] not in TOPICS:
-        topics = "; ".join(f"{name}: {text}" for name, text in TOPICS.items())
-        what = f"{argv[0]} cannot be planned" if argv else "plan what"
-        raise ValueError(f"{what}; topics are {topics}")
-    ranks, overrides = _ranks(argv[1:])
+    """Plan layouts for the overrides of a run, or the topic that comes before them."""
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        return _plan_layouts(argv)
+    if argv[0] == "data":
+        return _plan_data(argv[1:])
+    if argv[0] == "verify":
+        return _verify(argv[1:])
+    topics = "; ".join(f"{name}: {text}" for name, text in TOPICS.items())
+    raise ValueError(
+        f"{argv[0]} cannot be planned; topics are {topics}; and without a topic the overrides of a "
+        "run, like stage=... cluster=h100, plan its layout"
+    )
+
+
+def _plan_layouts(argv: Sequence[str]) -> int:
+    cfg = composed(argv)
+    if cfg is None:
+        return 0
+    plan = plan_run(cfg)
+    folder = Path(cfg.run.dir)
+    plan.write(folder)
+    print(f"{plan}\n\n{folder / plan_report.CHART_NAME}\n{folder / plan_report.JSON_NAME}")
+    return 0
+
+
+def _verify(argv: Sequence[str]) -> int:
+    cfg = composed(argv)
+    if cfg is not None:
+        print(verify_plan(cfg))
+    return 0
+
+
+def _plan_data(argv: Sequence[str]) -> int:
+    """Plan the draws for ``--ranks N`` ranks with distinct data."""
+    ranks, overrides = _ranks(argv)
     cfg = composed(overrides)
     if cfg is None:
         return 0
-    plan = plan_data(cfg, ranks)
+    plan = planning.plan_data(cfg, ranks)
     folder = Path(cfg.run.dir)
     plan.write(folder)
-    print(f"{plan}\n\n{folder / CHART_NAME}\n{folder / JSON_NAME}")
+    print(f"{plan}\n\n{folder / planning.CHART_NAME}\n{folder / planning.JSON_NAME}")
     return 0
 
 

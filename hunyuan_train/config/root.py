@@ -13,6 +13,7 @@ from hunyuan_train.config.run import (
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
 from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.vae.config import VaeConfig
@@ -47,3 +48,4 @@ class RunConfig:
     demo: DemoConfig = field(default_factory=DemoConfig)
     certify: CertifyConfig = field(default_factory=CertifyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

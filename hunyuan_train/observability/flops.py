@@ -21,6 +21,10 @@ class ForwardFlops:
     """Linear layers and the patch convolution."""
     attention: int
     """Products of queries with keys and of probabilities with values."""
+    of_data: int
+    """Those of ``linear`` whose input is data, which needs no gradient."""
+    of_mask: int
+    """Those of ``linear`` with no weight and no gradient at all: the mean over valid text."""
 
     @property
     def total(self) -> int:
@@ -29,8 +33,21 @@ class ForwardFlops:
 
     @property
     def training(self) -> int:
-        """Model FLOPs of forward and backward, which has two products for each of the forward."""
-        return 3 * self.total
+        """Model FLOPs of forward and backward.
+
+        The backward has two products for each of the forward, less the gradients of data.
+        """
+        return 3 * self.total - self.of_data - 2 * self.of_mask
+
+    def computed(self, *, linear_again: bool, attention_again: bool) -> int:
+        """Return all FLOPs of forward and backward, repeated ones included.
+
+        The backward of a flash kernel computes the scores again, half of a forward. Recompute
+        computes linears, or linears and attention, once more.
+        """
+        linear = self.linear * linear_again
+        attention = self.attention // 2 + self.attention * attention_again
+        return self.training + linear + attention
 
 
 def dit_forward_flops(
@@ -88,7 +105,15 @@ def dit_forward_flops(
     ends = img_tokens * d * (patch_in + patch_out) + 2 * d * d
     linear = vec + refiner + double_blocks * double + single_blocks * single + ends
     attention = 2 * d * ((double_blocks + single_blocks) * joint**2 + refiner_depth * txt_tokens**2)
-    return ForwardFlops(linear=2 * batch * linear, attention=2 * batch * attention)
+    scalars = 3 if guidance_embed else 2  # time, guidance, and the refiner's own time
+    of_data = (scalars * _SINUSOID_DIM + pooled_dim + text_dim) * d
+    of_data += (img_tokens * patch_in + txt_tokens * text_dim) * d
+    return ForwardFlops(
+        linear=2 * batch * linear,
+        attention=2 * batch * attention,
+        of_data=2 * batch * of_data,
+        of_mask=2 * batch * txt_tokens * text_dim,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +139,7 @@ _DATA_SHEET_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
     ("H100", 989.4),
+    ("H800", 989.4),
     ("A100", 312.0),
 )
 

@@ -192,7 +192,6 @@ def test_left_out_files_are_counted_by_reason_with_a_few_examples(capsys, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "hunyuan-train plan: plan what; topics are data: buckets"),
         (["memory"], "hunyuan-train plan: memory cannot be planned; topics are data: buckets"),
         (["data", "--ranks", "two"], "--ranks two: write a number like --ranks 8"),
         (["data", "--ranks=0"], "--ranks 0: write a number like --ranks 8"),
