@@ -127,6 +127,7 @@ class Kept:
         self._here: Tensor | None = tensor.detach()
         self._version = tensor._version
         self._pages: list[Page] = []
+        self._taken = False
         self._copy: Copy | None = None  # under way, in either direction
         self._shape, self._stride = tensor.shape, tensor.stride()
         self._dtype, self._device = tensor.dtype, tensor.device
@@ -153,10 +154,12 @@ class Kept:
             self._owner.meter.wait(self._copy)
         self._here = self._copy = None
 
-    def fetch(self) -> None:
-        """Start the way back, unless the tensor is still here or on its way."""
-        if self._here is not None:
-            return
+    def send_for(self) -> None:
+        """Start the way back, unless the tensor is here, on its way or back already."""
+        if self._here is None and not self._taken:
+            self._fetch()
+
+    def _fetch(self) -> None:
         self._here = torch.empty_strided(
             self._shape, self._stride, dtype=self._dtype, device=self._device
         )
@@ -168,7 +171,9 @@ class Kept:
 
     def take(self) -> Tensor:
         """Return the tensor once it is here; a second call has it fetched again."""
-        self.fetch()
+        if self._here is None:
+            self._fetch()
+        self._taken = True
         tensor = self._here
         assert tensor is not None
         if self._copy is not None:
@@ -320,7 +325,7 @@ class Offload:
             for reference in self._kept.get(index, ()):
                 other = reference()
                 if other is not None:
-                    other.fetch()
+                    other.send_for()
         return kept.take()
 
     def _judge(self) -> None:
