@@ -18,12 +18,9 @@ from hunyuan_train.engine.plan_report import RunPlan
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import Recompute, Switch
 from hunyuan_train.memory.estimate import Layout, Work
-from hunyuan_train.memory.planner import MODES, Choice, LayoutPlan, Options, Planner, Shape
+from hunyuan_train.memory.planner import CLOSE, MODES, Choice, LayoutPlan, Options, Planner, Shape
 from hunyuan_train.memory.recompute import mode_of
 from hunyuan_train.parallel.config import ReduceEvery
-
-CLOSE = 1.02
-"""Predicted times within this factor are taken for equal: the simpler layout is chosen."""
 
 
 def plan_run(cfg: RunConfig) -> RunPlan:

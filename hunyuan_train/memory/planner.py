@@ -24,6 +24,8 @@ from hunyuan_train.models.hunyuan.config import HunyuanConfig
 
 MODES = (Recompute.none, Recompute.selective, Recompute.full)
 """From the most kept to the least, which is also from the fastest to the slowest."""
+CLOSE = 1.02
+"""Predicted times within this factor are taken for equal: the simpler way is chosen."""
 HOST_SHARE = 0.7
 """Of the host's memory that what is offloaded may take."""
 
@@ -164,21 +166,27 @@ class Planner:
         return memory.total <= self.free_bytes and memory.host <= host
 
     def choose(self, layout: Layout, shape: Shape) -> Choice | None:
-        """Return the point of least GPU time per sample that fits, None if none does."""
+        """Return the point of least GPU time per sample that fits, None if none does.
+
+        One that offloads has to be faster by more than the predictions are apart (``CLOSE``).
+        """
         best: Choice | None = None
-        for mode in self._options.modes:
-            for share in self._options.offload_shares:
+        for share in self._options.offload_shares:
+            for mode in self._options.modes:
+                if share and mode is Recompute.none and len(self._options.offload_shares) > 1:
+                    continue
                 work = Work(
                     img_tokens=shape.img_tokens,
                     txt_tokens=shape.txt_tokens,
                     recompute=mode,
-                    offload_share=share,
+                    # Blocks that keep everything move nothing.
+                    offload_share=0.0 if mode is Recompute.none else share,
                     grids=self._options.grids,
                 )
                 batch = self.largest_batch(layout, work)
                 for size in sorted({1, batch}) if batch else ():
                     found = self.measure(layout, shape, replace(work, batch=size))
-                    if best is None or found.prediction.gpu_seconds < best.prediction.gpu_seconds:
+                    if best is None or _faster(found, best):
                         best = found
                 if batch == self._options.max_batch:
                     # Less kept or more moved can only be slower.
@@ -222,6 +230,13 @@ class Planner:
 
     def _memory(self, layout: Layout, work: Work) -> MemoryParts:
         return estimate(self._model, layout, work, self._options.states, self._counts)
+
+
+def _faster(found: Choice, best: Choice) -> bool:
+    """Return whether a later point of the search replaces the best so far."""
+    offloads = found.work.offload_share and not best.work.offload_share
+    limit = best.prediction.gpu_seconds / (CLOSE if offloads else 1.0)
+    return found.prediction.gpu_seconds < limit
 
 
 def _goodness(plan: LayoutPlan) -> tuple[float, ...]:

@@ -165,7 +165,7 @@ def test_recompute_of_a_bucket_is_the_least_that_fits() -> None:
     ("extra", "world", "batch", "said", "remedy"),
     [
         ([], 1, 1, "recompute full", "no layout of 1 GPUs holds it"),
-        (["parallel.cp_ulysses=8"], 8, 8, "129x720x1280 with 8 samples", "memory.offload=auto"),
+        (["parallel.cp_ulysses=8"], 8, 8, "129x720x1280 with 8 samples", "data.batches"),
         ([], 8, 1, "129x720x1280 with 1 samples", "memory.offload=auto"),
         (
             ["parallel.cp_ulysses=8", "memory.recompute=none"],
