@@ -20,6 +20,7 @@ from hunyuan_train.config.compose import compose_config
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.trial import MicroBatch, run_trial
+from hunyuan_train.memory.config import Recompute
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.parallel.config import ParallelConfig, ReduceEvery
@@ -72,6 +73,7 @@ class Layout:
     world: int
     parallel: dict[str, Any] = field(default_factory=dict)
     micro_steps: int = 1
+    recompute: Recompute = Recompute.none
 
     def __str__(self) -> str:
         return self.name
@@ -102,6 +104,12 @@ LAYOUTS = [
     _zero(2, 2, ReduceEvery.micro_step),
     _zero(3, 2, ReduceEvery.micro_step),
     Layout("zero3-bf16", 2, {"zero_stage": 3, "compute_dtype": "bfloat16"}),
+    Layout("tp-selective", 2, {"tp": 2}, recompute=Recompute.selective),
+    Layout("tp-sp-full", 2, {"tp": 2, "sp": True}, recompute=Recompute.full),
+    Layout("ring-selective", 2, {"cp_ring": 2}, recompute=Recompute.selective),
+    Layout("ring-full", 2, {"cp_ring": 2}, recompute=Recompute.full),
+    Layout("ulysses-selective", 2, {"cp_ulysses": 2}, recompute=Recompute.selective),
+    Layout("zero3-full", 2, {"zero_stage": 3}, recompute=Recompute.full),
     Layout("tp-sp-ring", 4, {"tp": 2, "sp": True, "cp_ring": 2}),
     Layout("ring-4", 4, {"cp_ring": 4}),
     Layout("ulysses-ring-zero3", 4, {"cp_ring": 2, "cp_ulysses": 2, "zero_stage": 3}),
@@ -201,6 +209,28 @@ def context_traffic(cfg: HunyuanConfig, parallel: ParallelConfig, tokens: Tokens
     return times(layers, traffic)
 
 
+def second_run_traffic(cfg: HunyuanConfig, layout: Layout, tokens: Tokens) -> Traffic:
+    """What the forward of every block sends, again; selective leaves out the ring."""
+    parallel, hidden = layout.config, cfg.hidden_size
+    rows = (tokens.img, tokens.img, tokens.txt, tokens.txt, tokens.img + tokens.txt)
+    counts = (cfg.num_double_blocks,) * 4 + (cfg.num_single_blocks,)
+    traffic: Traffic = Counter()
+    for count, tokens_of_pair in zip(counts, rows, strict=True) if parallel.tp > 1 else ():
+        size = BATCH * tokens_of_pair * hidden * FLOAT
+        for kind in ("all_gather", "reduce_scatter") if parallel.sp else ("all_reduce",):
+            traffic[kind, size] += count
+    if parallel.tp > 1:  # modulations
+        traffic["all_gather", BATCH * 6 * hidden * FLOAT] += 2 * cfg.num_double_blocks
+        traffic["all_gather", BATCH * 3 * hidden * FLOAT] += cfg.num_single_blocks
+    layers = cfg.num_double_blocks + cfg.num_single_blocks
+    one = BATCH * (tokens.img + tokens.txt) * hidden // parallel.tp * FLOAT
+    if parallel.cp_ulysses > 1:
+        traffic += Counter({("all_to_all", 3 * one): layers, ("all_to_all", one): layers})
+    if parallel.cp_ring > 1 and layout.recompute is Recompute.full:
+        traffic["hop", 2 * one] += layers * (parallel.cp_ring - 1)
+    return traffic
+
+
 def sizes_of_units(cfg: HunyuanConfig) -> list[int]:
     """Return the parameters of every unit and of what belongs to none, of the whole model."""
     with torch.device("meta"):
@@ -246,6 +276,8 @@ def expected(layout: Layout) -> Traffic:
         traffic += times(layout.micro_steps, tensor_traffic(cfg, parallel.sp, tokens))
         traffic["all_reduce", FLOAT * partial_gradients(cfg, parallel.sp)] += 1
     traffic += times(layout.micro_steps, context_traffic(cfg, parallel, tokens))
+    if layout.recompute is not Recompute.none:
+        traffic += times(layout.micro_steps, second_run_traffic(cfg, layout, tokens))
     if parallel.sequence_shards > 1:
         rows = math.ceil(IMG_TOKENS / parallel.sequence_shards) * parallel.sequence_shards
         velocity = BATCH * rows * cfg.out_channels * cfg.patch_volume * FLOAT
@@ -282,7 +314,8 @@ def _run(rank: int, size: int, layouts: list[Layout], cfg: RunConfig) -> dict[st
     found = {}
     for layout in layouts:
         stage = replace(cfg.stage, micro_steps=layout.micro_steps)
-        laid_out = replace(cfg, parallel=layout.config, stage=stage)
+        memory = replace(cfg.memory, recompute=layout.recompute)
+        laid_out = replace(cfg, parallel=layout.config, stage=stage, memory=memory)
         axes = build_axes(layout.config, "cpu", size)
         world = World(rank=rank, local_rank=rank, size=size, device=torch.device("cpu"))
         shapes = [SHAPE] * (layout.dp * layout.micro_steps)
