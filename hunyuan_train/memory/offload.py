@@ -21,8 +21,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 from weakref import ref
 
@@ -50,16 +49,13 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, pairs: list[tuple[Tensor, Tensor]], after: Sequence["Copy"] = ()) -> "Copy":
-        """Start copies (to, from) once the computation is here and those of ``after`` are done."""
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "Copy":
+        """Start copies (to, from), which wait for all that the computation was given so far."""
         if self._stream is None:
             for target, source in pairs:
                 target.copy_(source)
             return Copy(None)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        for other in after:
-            if other.done is not None:
-                self._stream.wait_event(other.done)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
@@ -81,22 +77,16 @@ class Copy:
             torch.cuda.current_stream().wait_event(self.done)
 
 
-@dataclass(slots=True)
-class Page:
-    """A piece of host memory."""
-
-    memory: Tensor
-    """[bytes] uint8."""
-    last: Copy = field(default_factory=lambda: Copy(None))
-    """What read it last; it may be written after."""
-
-
 class HostPages:
-    """A ring of pages that grows to the most that was ever in use."""
+    """A ring of pages [bytes] uint8 that grows to the most that was ever in use.
+
+    The computation has waited for the copies of a page that is given back, and copies wait for the
+    computation, so that it may be written at once.
+    """
 
     def __init__(self, page_bytes: int, pinned: bool) -> None:
         self.page_bytes, self._pinned = page_bytes, pinned
-        self._free: deque[Page] = deque()
+        self._free: deque[Tensor] = deque()
         self.count = 0
         """Pages there are."""
 
@@ -105,16 +95,16 @@ class HostPages:
         """Pages that hold something."""
         return self.count - len(self._free)
 
-    def take(self, nbytes: int) -> list[Page]:
+    def take(self, nbytes: int) -> list[Tensor]:
         """Return pages for so many bytes."""
         wanted = math.ceil(nbytes / self.page_bytes)
         while len(self._free) < wanted:
-            memory = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-            self._free.append(Page(memory))
+            page = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            self._free.append(page)
             self.count += 1
         return [self._free.popleft() for _ in range(wanted)]
 
-    def give_back(self, pages: list[Page]) -> None:
+    def give_back(self, pages: list[Tensor]) -> None:
         """Take pages back."""
         self._free.extend(pages)
 
@@ -126,7 +116,7 @@ class Kept:
         self._owner, self.block, self.moves = owner, block, moves
         self._here: Tensor | None = tensor.detach()
         self._version = tensor._version
-        self._pages: list[Page] = []
+        self._pages: list[Tensor] = []
         self._taken = False
         self._copy: Copy | None = None  # under way, in either direction
         self._shape, self._stride = tensor.shape, tensor.stride()
@@ -138,12 +128,11 @@ class Kept:
         assert self._here is not None
         flat = _bytes_of(self._here)
         self._pages = self._owner.pages.take(flat.numel())
-        pairs = [(p.memory[: s.numel()], s) for p, s in self._beside_pages(flat)]
-        self._copy = self._owner.outward.copy(pairs, after=[page.last for page in self._pages])
+        self._copy = self._owner.outward.copy(self._beside_pages(flat))
 
-    def _beside_pages(self, flat: Tensor) -> list[tuple[Page, Tensor]]:
-        size = self._owner.pages.page_bytes
-        return list(zip(self._pages, flat.split(size), strict=True))
+    def _beside_pages(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        pieces = flat.split(self._owner.pages.page_bytes)
+        return [(p[: s.numel()], s) for p, s in zip(self._pages, pieces, strict=True)]
 
     def let_go(self) -> None:
         """Let go of the device's copy, waiting until the host has it."""
@@ -164,10 +153,8 @@ class Kept:
             self._shape, self._stride, dtype=self._dtype, device=self._device
         )
         flat = _bytes_of(self._here)
-        pairs = [(s, p.memory[: s.numel()]) for p, s in self._beside_pages(flat)]
+        pairs = [(piece, page) for page, piece in self._beside_pages(flat)]
         self._copy = self._owner.inward.copy(pairs)
-        for page in self._pages:
-            page.last = self._copy
 
     def take(self) -> Tensor:
         """Return the tensor once it is here; a second call has it fetched again."""

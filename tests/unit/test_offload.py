@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Sequence
+from weakref import ref
 
 import pytest
 import torch
@@ -200,25 +200,38 @@ class LateCopy(Copy):
 
 
 class LateLane(Lane):
-    """The worst case of a stream: nothing happens until it is waited for."""
+    """The worst case of a stream: nothing happens until it is waited for.
+
+    It keeps no memory alive, and neither does a stream.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.queue: list[list[tuple[Tensor, Tensor]]] = []
+        self.queue: list[list[tuple[Late, Late]]] = []
         self.done = 0
 
-    def copy(self, pairs: list[tuple[Tensor, Tensor]], after: Sequence[Copy] = ()) -> Copy:
-        for other in after:
-            other.wait()
-        self.queue.append(pairs)
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Copy:
+        self.queue.append([(Late(target), Late(source)) for target, source in pairs])
         return LateCopy(self, len(self.queue))
 
     def run_until(self, number: int) -> None:
         for position in range(self.done, number):
             for target, source in self.queue[position]:
-                target.copy_(source)
-            self.queue[position] = []
+                target.tensor().copy_(source.tensor())
         self.done = max(self.done, number)
+
+
+class Late:
+    """A flat tensor of bytes that does not hold its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = ref(tensor.untyped_storage())
+        self.place = tensor.storage_offset(), tensor.shape
+
+    def tensor(self) -> Tensor:
+        storage = self.storage()
+        assert storage is not None, "the memory was given away before its copy was done"
+        return torch.empty(0, dtype=torch.uint8).set_(storage, *self.place)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -328,5 +341,5 @@ def test_pages_are_a_ring() -> None:
     assert (len(first), len(second), pages.count, pages.used) == (3, 1, 4, 4)
     pages.give_back(first)
     third = pages.take(2 * PAGE)
-    assert [page.memory.data_ptr() for page in third] == [p.memory.data_ptr() for p in first[:2]]
+    assert [page.data_ptr() for page in third] == [page.data_ptr() for page in first[:2]]
     assert (pages.count, pages.used) == (4, 3)
