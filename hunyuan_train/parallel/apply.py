@@ -54,6 +54,7 @@ def parallelize(
         ValueError: heads or hidden units cannot be divided so, or a package is missing.
     """
     check_divisors(plan, cfg)
+    check_recompute(memory, cfg)
     slices, partial = apply_tensor(model, plan, axes, cfg)
     apply_context(model, plan, axes, keep_attention=may_keep_attention(memory))
     if memory is not None:
@@ -82,6 +83,22 @@ def apply_context(
     for name, module in model.named_modules():
         if hasattr(module, "core") and any(fnmatchcase(name, p) for p in plan.core_modules):
             module.core = core
+
+
+def check_recompute(memory: MemoryConfig | None, cfg: ParallelConfig) -> None:
+    """Check that ranks with different buckets gather the same weights equally often.
+
+    Raises:
+        ValueError: DeepSpeed's stage 3, which gathers in every run of a linear, and several modes.
+    """
+    if memory is None or cfg.zero_engine is not ZeroEngine.deepspeed or cfg.zero_stage < 3:
+        return
+    if not {memory.recompute.value}.issuperset(memory.recompute_of.values()):
+        raise ValueError(
+            f"memory.recompute_of={memory.recompute_of} beside memory.recompute="
+            f"{memory.recompute.value} needs parallel.zero_engine=torch or a zero_stage below 3: "
+            "with DeepSpeed's stage 3 all ranks do the same; leave memory.recompute_of empty"
+        )
 
 
 def check_sequence(tokens: Mapping[str, int], cfg: ParallelConfig) -> None:

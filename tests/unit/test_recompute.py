@@ -14,8 +14,8 @@ from hunyuan_train.memory.tracing import SavedBytes
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.parallel import ring
-from hunyuan_train.parallel.apply import parallelize
-from hunyuan_train.parallel.config import ParallelConfig
+from hunyuan_train.parallel.apply import check_recompute, parallelize
+from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.mesh import Axes
 
 TEXT = 7
@@ -217,3 +217,15 @@ def test_the_mode_of_a_bucket() -> None:
         (set(), Recompute.full),
     ):
         assert mode_of(auto, "1x256x256", fitting.__contains__) is expected
+
+
+def test_stage_three_of_deepspeed_takes_one_mode() -> None:
+    engine = ParallelConfig(zero_engine=ZeroEngine.deepspeed, zero_stage=3)
+    mixed = MemoryConfig(recompute=Recompute.full, recompute_of={"1x256x256": "none"})
+    with pytest.raises(
+        ValueError, match=r"all ranks do the same; leave memory\.recompute_of empty"
+    ):
+        check_recompute(mixed, engine)
+    check_recompute(mixed, ParallelConfig())
+    check_recompute(mixed, ParallelConfig(zero_engine=ZeroEngine.deepspeed, zero_stage=2))
+    check_recompute(MemoryConfig(recompute=Recompute.full), engine)
