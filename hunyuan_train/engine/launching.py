@@ -1,13 +1,18 @@
 """From a config to a job that is kept going. Free of torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.resilience.config import ResilienceConfig
 from hunyuan_train.resilience.health import Health, preflight
 from hunyuan_train.resilience.layouts import Job, heads_fit, parse
 from hunyuan_train.resilience.supervisor import Launch, Supervisor
+
+WATCHED = ("train", "curriculum")
+"""Verbs whose ranks write heartbeats in lockstep; a watchdog would take the others for hung."""
 
 OWN_SECTION = "launch."
 """Fields for the launcher alone. They may differ between machines, so ranks do not get them."""
@@ -25,7 +30,7 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
     return Supervisor(
         Launch(
             cfg=cfg.launch,
-            resilience=cfg.resilience,
+            resilience=watched(verb, cfg.resilience),
             job=job_of(cfg),
             run_dir=run_dir,
             argv=("-m", "hunyuan_train", verb, *kept),
@@ -33,6 +38,11 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             preflight=partial(check_machine, cfg) if cfg.launch.preflight else None,
         )
     ).run()
+
+
+def watched(verb: str, cfg: ResilienceConfig) -> ResilienceConfig:
+    """Return ``cfg``, without a watchdog for a verb that it cannot watch."""
+    return cfg if verb in WATCHED else replace(cfg, watchdog_s=0)
 
 
 def check_machine(cfg: RunConfig) -> Health:

@@ -14,6 +14,9 @@ from fake_job import ROOT, descendants, events, finish, notes, poll, run
 from tiny_run import make_data, overrides, rows, run_verb
 
 from hunyuan_train.checkpoint.load import load_weights
+from hunyuan_train.cli.launch import VERBS
+from hunyuan_train.engine import launching
+from hunyuan_train.resilience.config import ResilienceConfig
 
 MEETING = """
 import torch, torch.distributed as dist
@@ -67,8 +70,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch_train(arguments: list[str], *fields: str) -> subprocess.Popen[str]:
+    return launch_verb("train", arguments, *fields)
+
+
+def launch_verb(verb: str, arguments: list[str], *fields: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "hunyuan_train", "launch", "train", *arguments, *fields],
+        [sys.executable, "-m", "hunyuan_train", "launch", verb, *arguments, *fields],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -145,6 +152,26 @@ def test_data_that_is_not_there_is_said_once_and_ends_with_2(data: Path, tmp_pat
     assert code == 2
     assert text.count(str(tmp_path / "nothing")) == 1, text
     assert len(events(tmp_path / "run", "attempt_start")) == 1
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_gap_between_two_stages_is_no_hang(data: Path, tmp_path: Path) -> None:
+    stages = "curriculum.stages=[demo_image,demo_video_short]"
+    fields = ("launch.ranks_per_node=2", "resilience.watchdog_s=5", "certify.at_start=false")
+    arguments = overrides(data, tmp_path, stages, "data.train_anchors=[64]", "stage.steps=3")
+    code, text = finish(launch_verb("curriculum", arguments, *fields), 120)
+    assert code == 0, text
+    assert [len(rows(stage)) for stage in sorted((tmp_path / "stages").iterdir())] == [3, 3]
+    assert not events(tmp_path, "detected")
+
+
+def test_only_verbs_that_write_heartbeats_are_watched() -> None:
+    cfg = ResilienceConfig(watchdog_s=5)
+    found = {verb: launching.watched(verb, cfg).watchdog_s for verb in VERBS}
+    assert found == {
+        "train": 5, "curriculum": 5, "train-vae": 0, "precompute": 0, "certify": 0
+    }  # fmt: skip
 
 
 def test_a_layout_that_the_model_cannot_take_is_refused_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from fake_job import descendants, events, finish, launch, notes, poll, run, runs
 
+from hunyuan_train.resilience.agent import Agent, Order
+from hunyuan_train.resilience.standby import Standby
+
 CRASH_ONCE = """
 note("argv", json.dumps([sys.argv, os.environ["MASTER_PORT"], world]))
 if attempt == 0:
@@ -342,6 +345,27 @@ def test_a_rank_that_hangs_is_killed_and_all_start_again(tmp_path: Path, nodes: 
     assert failure.startswith(f"rank 1 on node {nodes - 1} hung at step 19: rank 1"), failure
     kinds = {(e["fault"], e["rank"]) for e in events(tmp_path, "detected")}
     assert ("hang", 1) in kinds
+
+
+def test_ranks_that_wait_for_an_import_that_hangs_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging_import.py").write_text("import time\ntime.sleep(300)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    standby = Standby(["hanging_import"])
+    order = Order(
+        attempt=0, node=0, nodes=1, ranks=2, address="127.0.0.1", port=1, argv=("nothing.py",)
+    )  # fmt: skip
+    agent = Agent(order, tmp_path, standby)
+    try:
+        assert agent.poll() == []
+        for rank in range(2):
+            agent.kill(rank, "It has not shown up.")
+        poll(lambda: agent.poll() or agent.ended, "the end", 20)
+        assert [failure.kind for failure in agent.failures] == ["hang", "hang"]
+        assert not standby.alive
+    finally:
+        standby.close()
 
 
 def test_a_preempted_node_ends_the_job_on_all_with_75(tmp_path: Path) -> None:
