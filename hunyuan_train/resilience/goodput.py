@@ -147,6 +147,9 @@ def account(events: Iterable[Event]) -> Goodput:
     layout = _Layout(tries, told[-1]["time"], notes)
     spans = layout.spans
     _take_back(spans, layout.turns)
+    last = tries[-1]
+    if not last.left and last.ended is None and last.detected is None:
+        notes.append("The last attempt runs, or ended without a word: its last event is the end.")
     seconds = {use: sum(span.uses.get(use, 0.0) for span in spans) for use in Use}
     begin, end = tries[0].begin, max(told[-1]["time"], tries[0].begin)
     kept = sum(span.step - span.after - span.lost_steps for span in spans if span.step >= 0)
@@ -228,8 +231,8 @@ class _Layout:
         self._fill(until, Use.unknown)
         if silent_s > _SLACK_S:
             self._notes.append(
-                f"attempt {self._number} ended without a word: of the {silent_s:,.1f} s from its "
-                "last event to the next sign of life nothing is known"
+                f"Attempt {self._number} ended without a word: of the {silent_s:,.1f} s from its "
+                "last event to the next sign of life nothing is known."
             )
 
     def _loop(self, attempt: Try, visit: Visit) -> None:
@@ -250,7 +253,7 @@ class _Layout:
             elif after > at:
                 self._fill(min(whole - sum(parts.values()), limit), Use.unknown)
                 self._notes.append(
-                    f"attempt {self._number}: the events of the updates {at} to {after} are missing"
+                    f"Attempt {self._number}: events of the updates {at} to {after} are missing."
                 )
             place = {"stage": visit.stage, "after": after, "step": max(after, step)}
             self._fill(end := min(whole, limit), _uses(parts, end - self._at), **place)
