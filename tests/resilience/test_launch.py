@@ -114,6 +114,7 @@ def test_a_killed_rank_costs_seconds_and_the_result_is_that_of_a_quiet_run(
     code, text = finish(process, 120)
     assert code == 0, text
     assert seconds < 25, "on two busy cores; see docs/launch.md for the figure"
+    assert "certified by an earlier attempt" in (broken / "logs/attempt-1/rank-0.log").read_text()
     assert [row["step"] for row in rows(broken)] == list(range(1, 25))
     for which in ("model", "ema"):
         one, two = load_weights(quiet, which), load_weights(broken, which)
