@@ -88,12 +88,16 @@ def run_steps(
         waited_s = time.perf_counter() - started
         metrics = train_step(state, batches, cfg, run.world, run.scaling_factor, watch.heart)
         meter.add(metrics, waited_s)
-        watch.end(metrics, batches, waited_s)
+        if watch.end(metrics, batches, waited_s):
+            meter.go_back()
+            continue
         if cfg.logging.due(state.step) or state.step == last:
             meter.emit(watch.clock)
         stop = preemption.requested()
-        if stop or state.step == last or run.checkpoints.due(state.step):
-            watch.save()
+        keep = stop or state.step == last or run.checkpoints.due(state.step)
+        if keep and watch.save():
+            meter.go_back()
+            continue
         if stop and state.step < last:
             log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
             return Outcome.PREEMPTED
