@@ -14,6 +14,9 @@ from hunyuan_train.resilience.supervisor import Launch, Supervisor
 WATCHED = ("train", "curriculum")
 """Verbs whose ranks write heartbeats in lockstep; a watchdog would take the others for hung."""
 
+PRELOAD = ("hunyuan_train.data.table", "torch.utils.tensorboard")
+"""What those verbs import late; without it every rank would at every restart."""
+
 OWN_SECTION = "launch."
 """Fields for the launcher alone. They may differ between machines, so ranks do not get them."""
 
@@ -26,6 +29,7 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             does not exist.
     """
     kept = [argument for argument in arguments if not argument.startswith(OWN_SECTION)]
+    late = PRELOAD if verb in WATCHED else ()
     run_dir = Path(cfg.run.dir)
     return Supervisor(
         Launch(
@@ -34,7 +38,7 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             job=job_of(cfg),
             run_dir=run_dir,
             argv=("-m", "hunyuan_train", verb, *kept),
-            preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}",),
+            preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}", *late),
             preflight=partial(check_machine, cfg) if cfg.launch.preflight else None,
         )
     ).run()
