@@ -58,7 +58,7 @@ def test_ten_restarts_of_ten_meet_cleanly(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_fifty_restarts_of_fifty_meet_cleanly(tmp_path: Path) -> None:
     seconds = meet_again_and_again(tmp_path, 50)
     print(f"50 restarts in {seconds:.0f} s")
@@ -136,7 +136,7 @@ def test_training_shrinks_to_one_node_and_grows_back(data: Path, tmp_path: Path)
     step = poll(lambda: events(run_dir, "shrink") and rows(run_dir)[-1]["step"], "fewer", 60)
     poll(lambda: reached(run_dir, int(step) + 6), "steps on one node", 60)
     plan = json.loads((run_dir / "launch/plan-1.json").read_text())
-    assert plan["overrides"] == ["stage.micro_steps=2", "run.accept_changes=true"]
+    assert plan["overrides"] == ["data.planned_ranks=2"]
     second = launch_train(arguments, *fields)
     poll(lambda: events(run_dir, "grow"), "the return", 60)
     step = int(rows(run_dir)[-1]["step"])
