@@ -63,8 +63,7 @@ def job_of(cfg: RunConfig) -> Job:
     job = Job(
         parallel=cfg.parallel,
         world_size=cfg.launch.nodes * cfg.launch.ranks_per_node,
-        micro_steps=cfg.stage.micro_steps,
-        fixed_update=bool(cfg.data.global_samples or cfg.data.global_tokens),
+        planned_ranks=cfg.data.planned_ranks,
         num_heads=cfg.model.num_heads,
     )
     for text in cfg.launch.layouts:
