@@ -150,6 +150,7 @@ class Supervision:
         run, state = self._run, self._run.state
         self.clock.lap(OTHER)
         judged = state.guard.settle()
+        self.clock.lap(STEP)
         if judged.outcome is not Verdict.ok and self._refused(judged):
             return True
         if run.cfg.resilience.replica_every:

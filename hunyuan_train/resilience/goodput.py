@@ -55,6 +55,7 @@ _OF_PART = {
     "evaluate": Use.evaluate,
     "partial": Use.lost,
     "refused": Use.lost,
+    "rewind": Use.restore,
 }
 _SLACK = 0.01
 """Share of a window that may be missing from its parts, since two clocks measured them."""
@@ -325,7 +326,7 @@ def _lose(span: Span, limit: float) -> None:
         return
     moved = 0.0
     for use, seconds in span.uses.items():
-        if use not in (Use.unknown, Use.lost):
+        if use not in (Use.unknown, Use.lost, Use.restore):
             span.uses[use] = seconds * (1 - share)
             moved += seconds * share
     span.uses[Use.lost] = span.uses.get(Use.lost, 0.0) + moved

@@ -166,13 +166,13 @@ def test_a_rewind_within_an_attempt_takes_its_updates_back() -> None:
         begin(0, started=0),
         ready(0, 0),
         progress(10, 0, 10, step=10.0),
-        progress(12, 10, 12, step=1.5, refused=0.5),
-        progress(13, 8, 8, other=1.0),
+        progress(13, 10, 12, step=1.5, refused=0.5, rewind=1.0),
+        progress(13, 8, 8),
         leave(20, 8, 15, step=7.0),
         event(12, "guard", action="rewind"),
     ]
     found = account(told)
-    assert uses(found) == {"useful": 8 + 7, "lost": 2 + 2, "other": 1}
+    assert uses(found) == {"useful": 8 + 7, "lost": 2 + 2, "restore": 1}
     assert (found.steps, found.lost_steps, found.refused) == (15, 4, 1)
 
 
