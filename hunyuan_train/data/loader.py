@@ -226,17 +226,16 @@ class BucketLoader:
             bad = self._agreed(places)
 
     def _agreed(self, places: list["_Place"]) -> list["_Place"]:
-        """Return the places whose sample is bad on any rank that shares them."""
+        """Return the places whose sample is bad on any rank that shares them, if it counts."""
         mask = torch.tensor([self._error(place) is not None for place in places], dtype=torch.bool)
         if self._agree is not None:
             mask = self._agree(mask)
-        return [place for place, bad in zip(places, mask.tolist(), strict=True) if bad]
+        bad = [place for place, found in zip(places, mask.tolist(), strict=True) if found]
+        return [place for place in bad if not place.loaded.cleared]
 
     def _error(self, place: "_Place") -> SampleError | None:
         """Return what is wrong with the sample of a place, None if it is good."""
         name = place.row.sample_id
-        if place.loaded.cleared:
-            return None
         if name in self._excluded:
             return SampleError(name, Reason.refused, self._excluded[name])
         return place.loaded.bad.get(place.index)

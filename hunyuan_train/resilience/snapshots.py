@@ -240,9 +240,7 @@ class Snapshots:
             return None
         started = time.perf_counter()
         self.finish()
-        self._own.close()
-        self._keep = self._pending = None
-        self._last = _Last.good
+        self._forget()
         mine = [
             (part.rank, part.stamp)
             for _, part in stored_parts(self.folder)
@@ -332,10 +330,16 @@ class Snapshots:
         All ranks call it; taking more afterwards is fine.
         """
         self.finish()
-        self._own.close()
+        self._forget()
         remove_parts(self.folder)
-        self._keep = self._pending = None
         barrier()
+
+    def _forget(self) -> None:
+        """Close the own slots; what is in them becomes a snapshot like any other."""
+        self._copy.release()
+        self._own.close()
+        self._keep = self._pending = None
+        self._last = _Last.good
 
 
 def _own_host() -> str:

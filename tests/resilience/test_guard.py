@@ -127,6 +127,26 @@ def test_a_spike_that_comes_back_after_every_rewind_stops_the_run() -> None:
     assert outcomes == [Outcome.rewind, Outcome.rewind, Outcome.stop]
 
 
+@pytest.mark.parametrize("action", list(GuardAction))
+def test_before_a_state_is_kept_only_an_update_to_go_back_from_is_judged(
+    action: GuardAction,
+) -> None:
+    kept, straight = warmed(guard_of(action)), warmed(guard_of(action))
+    show(kept, 31, 0.51), show(straight, 31, 0.51)
+    assert kept.settle().outcome is Outcome.ok
+    assert kept.state_dict() == straight.state_dict(), "limits must not depend on saves"
+    show(kept, 32, 5.0)
+    judged = kept.settle()
+    if action is not GuardAction.rewind:
+        assert judged.outcome is Outcome.ok
+        return
+    assert (judged.outcome, judged.step, judged.samples) == (Outcome.rewind, 32, ("clip-32",))
+    assert (judged.loss, judged.norm) == (5.0, 1.0)
+    assert judged.reason.startswith("loss 5 is above the limit of 0.6")
+    assert kept.settle().outcome is Outcome.ok
+    assert show(kept, 33, 0.5)[0].outcome is Outcome.ok, "it is not judged again"
+
+
 @pytest.mark.parametrize("last", [0.5, 5.0, math.nan])
 def test_a_restored_guard_goes_on_as_the_straight_one(last: float) -> None:
     def run(guard: Guard, first: int, end: int) -> list[Judgement]:
