@@ -150,7 +150,7 @@ def supervise(run_dir: Path) -> int:
         Launch(
             cfg=cfg,
             resilience=resilience,
-            job=Job(parallel=ParallelConfig(), world_size=RANKS, fixed_update=True),
+            job=Job(parallel=ParallelConfig(), world_size=RANKS),
             run_dir=run_dir,
             argv=(str(run_dir / "rank.py"),),
             preload=("hunyuan_train.resilience.clock", "hunyuan_train.resilience.heartbeat"),
