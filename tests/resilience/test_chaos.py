@@ -334,7 +334,7 @@ def test_a_slow_rank_is_named(data: Path, tmp_path: Path, findings: Findings) ->
     assert len(events_of(tmp_path, "attempt_start")) == 1
 
 
-NODES = ("launch.nodes=2", "launch.ranks_per_node=1", *MEMORY, "stage.steps=600")
+NODES = ("launch.nodes=2", "launch.ranks_per_node=1", *MEMORY, "stage.steps=200")
 
 
 def reached(run: Path, step: int) -> None:
@@ -401,7 +401,7 @@ def test_fewer_machines_come_to_the_same_within_rounding(data: Path, tmp_path: P
 
 @long
 def test_a_killed_supervisor_is_started_again_and_goes_on(data: Path, tmp_path: Path) -> None:
-    fields = (TWO, *MEMORY, "stage.steps=400")
+    fields = (TWO, *MEMORY, "stage.steps=150")
     quiet, broken = tmp_path / "quiet", tmp_path / "broken"
     assert train(data, quiet, *fields)[0] == 0
     process = start(data, broken, *fields)
