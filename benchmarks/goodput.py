@@ -301,7 +301,7 @@ def main() -> None:
     """Measure, compare, project; print one JSON object last."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each replayed trace")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of each replayed trace")
     parser.add_argument("--checkpoint-json", default="", help="output of benchmarks/checkpoint.py")
     parser.add_argument("--restart-s", type=float, help="instead of the real run")
     parser.add_argument("--allowance-s", type=float, default=15.0, help="what this machine lacks")
