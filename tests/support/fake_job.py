@@ -151,7 +151,6 @@ def main(run_dir: str, script: str, *fields: str) -> int:
         job=Job(
             parallel=ParallelConfig(),
             world_size=cfg.nodes * cfg.ranks_per_node,
-            fixed_update=True,
         ),
         run_dir=Path(run_dir),
         argv=(script,),
