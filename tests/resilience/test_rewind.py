@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import run_distributed
-from tiny_run import command, make_data, overrides, rows, run_verb
+from tiny_run import command, make_data, overrides, rows
 
 from hunyuan_train.checkpoint.storage import Manifest, step_folder
 from hunyuan_train.config.compose import compose_config
@@ -22,6 +22,7 @@ from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.store import LatentStore, shard_file
 from hunyuan_train.engine.data import build_planner, open_stores
 from hunyuan_train.engine.loop import train
+from hunyuan_train.engine.reporting import data_tables
 from hunyuan_train.resilience.events import read_events
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import init_world
@@ -113,8 +114,7 @@ def test_poison_is_left_out_for_good_also_after_a_kill_and_on_other_ranks(
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    done = run_verb("train", arguments)
-    assert done.returncode == 0, done.stderr
+    assert run_distributed(_train_all, 1, [arguments]) == [[""]]
     (event,) = refusals(tmp_path)
     assert (event["action"], event["step"]) == ("rewind", spoilt.step)
     assert (event["source"], event["restored_step"]) == ("disk", 30)
@@ -137,11 +137,8 @@ def test_poison_is_left_out_for_good_also_after_a_kill_and_on_other_ranks(
     assert [row["excluded_samples"] for row in found] == [0] * 30 + [2] * (2 * LAST - 30)
     assert found[-1]["replaced_samples"] >= 2  # of the second epoch, in the second process
     assert found[-1]["skipped_updates"] == 0
-    report = run_verb("report", [f"run.dir={tmp_path}"])
-    assert report.returncode == 0, report.stderr
-    page = (tmp_path / "report.html").read_text()
-    assert "Samples that training could not use" in page
-    assert "2 left out: 2 refused" in page
+    (table,) = [table for table in data_tables(tmp_path) if "could not use" in table.title]
+    assert table.note == "2 left out: 2 refused."
 
 
 def _train_all(rank: int, world: int, runs: list[list[str]]) -> list[str]:
