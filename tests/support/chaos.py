@@ -95,7 +95,9 @@ class Strike:
     @property
     def lost(self) -> int:
         """Updates that were done and had to be done again."""
-        return 0 if self.restored is None else self.step - 1 - self.restored["step"]
+        # A strike while saving comes after its own update: going back to that one loses nothing.
+        done = self.step - 1
+        return 0 if self.restored is None else max(0, done - self.restored["step"])
 
     def line(self) -> str:
         told = (self.detected or {}).get("sentence") or (self.detected or {}).get("failure", "")
