@@ -64,6 +64,7 @@ class Supervision:
             self._events.emit(
                 EventKind.restore, source=found.source, step=found.step, seconds=found.seconds
             )
+        self.heart.resume(run.state.step)
         self.clock.ready(run.state.step, run.restored.seconds if run.restored else 0.0)
         return self
 
