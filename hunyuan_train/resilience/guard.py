@@ -29,6 +29,9 @@ _WINDOW = 50
 _LEAST_HISTORY = 12
 _LEAST_DEVIATION = 0.02
 """Of the log loss: with spike_factor 10, a rise of less than 22 % is never a spike."""
+_LEAST_RISE = math.log(1.5)
+"""Over what one in ten losses lately is above. Where losses have a long tail, the deviation of 50 of
+them is by chance small enough, once in ten thousand updates, to call the tail a spike."""
 
 _NORMAL = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
@@ -115,7 +118,8 @@ class Guard:
             return _NO_LIMIT
         middle = statistics.median(recent)
         spread = _NORMAL * statistics.median(abs(value - middle) for value in recent)
-        exponent = middle + self._factor * max(spread, _LEAST_DEVIATION)
+        high = sorted(recent)[-1 - len(recent) // 10]
+        exponent = max(middle + self._factor * max(spread, _LEAST_DEVIATION), high + _LEAST_RISE)
         # Rounded as the device rounds it, so that both sides of this module agree to the last bit.
         return torch.tensor(math.exp(min(exponent, 80.0)), dtype=torch.float32).item()
 
