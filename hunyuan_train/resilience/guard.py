@@ -30,8 +30,8 @@ _LEAST_HISTORY = 12
 _LEAST_DEVIATION = 0.02
 """Of the log loss: with spike_factor 10, a rise of less than 22 % is never a spike."""
 _LEAST_RISE = math.log(1.5)
-"""Over what one in ten losses lately is above. Where losses have a long tail, the deviation of 50 of
-them is by chance small enough, once in ten thousand updates, to call the tail a spike."""
+"""Over what one in ten losses lately is above. Where losses have a long tail, the deviation of 50
+of them is by chance small enough, once in ten thousand updates, to call the tail a spike."""
 
 _NORMAL = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
