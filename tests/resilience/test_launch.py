@@ -73,14 +73,29 @@ def launch_train(arguments: list[str], *fields: str) -> subprocess.Popen[str]:
     return launch_verb("train", arguments, *fields)
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_a_failed_test():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    STARTED.clear()
+
+
 def launch_verb(verb: str, arguments: list[str], *fields: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "hunyuan_train", "launch", verb, *arguments, *fields],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def reached(run_dir: Path, step: int) -> bool:
