@@ -1,13 +1,14 @@
 # make setup   a virtual environment with everything, CPU build of torch, pinned
 # make demo    the whole job at tiny scale: data, VAE, curriculum, samples, report
 # make test    all tests that need no GPU
+# make chaos   half an hour of real runs with every fault, and what each of them cost
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint types arch test-gpu docs ci bench-all
+.PHONY: setup demo test chaos lint types arch test-gpu docs ci bench-all
 
 setup: $(STAMP)
 
@@ -22,7 +23,10 @@ demo: $(STAMP)
 	$(BIN)/hunyuan-train demo run.dir=runs/demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not multigpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not multigpu and not chaos" $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -q -s -m chaos tests/resilience $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m "gpu or multigpu" $(ARGS)

@@ -22,3 +22,10 @@ def _default_logging():
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give drills, which start jobs and wait for them, the time a busy machine takes."""
+    for item in items:
+        if "resilience" in item.path.parts and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))

@@ -41,6 +41,10 @@ class Cadence:
         self._ask_at = step + wait
         return due
 
+    def went_back(self) -> None:
+        """Ask anew in the next step: the steps counted so far come again."""
+        self._asked, self._ask_at = None, 0
+
     def saved(self) -> None:
         """Start the clock anew: a checkpoint has begun."""
         self._saved_at = self._clock()

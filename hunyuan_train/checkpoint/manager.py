@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from hunyuan_train.checkpoint.ranks import Ranks
 from hunyuan_train.checkpoint.replay import Replay, ReplayToken
 from hunyuan_train.checkpoint.storage import (
     DAMAGED,
+    REFUSED,
     Damage,
     DamagedCheckpointError,
     list_steps,
@@ -202,9 +204,10 @@ class CheckpointManager:
         self._settle(wait=True)
         return self.poll()
 
-    def close(self) -> None:
-        """Finish, and end the writer process."""
-        self._settle(wait=True)
+    def close(self, *, abandon: bool = False) -> None:
+        """Finish, or with ``abandon`` leave unfinished what is on its way; end the writer."""
+        if not abandon:
+            self._settle(wait=True)
         if self._background is not None:
             self._background.close()
             self._background = None
@@ -325,6 +328,24 @@ class CheckpointManager:
             found = "; ".join(f"{path.name}: {describe(d)}" for path, d in damaged.items())
             raise ValueError(f"no checkpoint in {self.folder} is good: {found}")
         return None
+
+    def go_back(self, step: int) -> None:
+        """Prepare to do update ``step`` and all after it once more; every rank calls it.
+
+        Waits for the checkpoint on its way. Those of ``step`` updates or more are renamed to
+        ``step-....refused``, so that no restart goes on from them; they are deleted when their step
+        is saved again. What was to be kept or compared about coming updates is dropped.
+        """
+        self._settle(wait=True)
+        self._cadence.went_back()
+        self._replay.expect(step, wanted=False)
+        if self._ranks.is_first:
+            for later in [found for found in list_steps(self.folder) if found >= step]:
+                path = step_folder(self.folder, later)
+                aside = path.with_name(path.name + REFUSED)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        self._ranks.gather(None)
 
     def _set_aside(self, damaged: dict[Path, list[Damage]]) -> None:
         """Rename what is surely damaged, so that it is never taken for the latest again."""

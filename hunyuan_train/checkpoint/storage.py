@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"
 INCOMPLETE = ".incomplete"
 DAMAGED = ".damaged"
+REFUSED = ".refused"
 _FORMAT = 2
 _READABLE = (1, 2)
 """Format 1 had neither digests nor a score."""

@@ -24,6 +24,7 @@ from hunyuan_train.checkpoint.ranks import Ranks, without_dist_warning
 from hunyuan_train.checkpoint.storage import (
     DAMAGED,
     INCOMPLETE,
+    REFUSED,
     DamagedCheckpointError,
     FileRecord,
     HashingWriter,
@@ -208,7 +209,8 @@ class CheckpointWriter:
         scratch.rename(target)
         self.committed = step
         fsync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for old in (DAMAGED, REFUSED):
+            shutil.rmtree(target.with_name(target.name + old), ignore_errors=True)
 
     def _retain(self, job: SaveJob) -> None:
         self._scores[job.step] = job.score

@@ -8,7 +8,9 @@ import torch
 from hunyuan_train.config.compose import compose_config, config_text
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.observability.logging import setup_logging
+from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.runtime.dist import World, close_world, init_world
+from hunyuan_train.runtime.env import read_attempt, read_job_folder, read_launch_env, read_node
 
 SHOW = "--show"
 
@@ -27,6 +29,9 @@ def joined_world(cfg: RunConfig) -> Iterator[World]:
     """Join the other processes of the run for the body of a ``with`` statement."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
+    if folder := read_job_folder():
+        heart = Heartbeat(folder, read_attempt(), read_launch_env().rank, node=read_node())
+        heart.phase("collective")  # whoever has not come this far is behind
     world = init_world(cfg.run.device, cfg.parallel.timeout_s)
     setup_logging(cfg.logging, world.rank, world.size)
     try:

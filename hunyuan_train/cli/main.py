@@ -15,6 +15,7 @@ VERBS = {
     "sample": "videos from a run's weights and prompts",
     "convert": "weights between the official, our and the diffusers layout",
     "report": "curves, samples and figures of a run as one HTML page",
+    "goodput": "where the time of a run went, over all its attempts",
     "launch": "the ranks of a verb here and on other machines, kept going",
     "doctor": "check this machine and the others before a run",
     "demo": "the whole job at tiny scale on embedded data",

@@ -53,6 +53,15 @@ class Batch:
         self.text_mask[place] = torch.arange(self.text.shape[1]) < tokens
         self.pooled[place] = sample.text.pooled
 
+    def clear(self) -> None:
+        """Make all its samples empty and take their weight, so that it only keeps ranks in step."""
+        self.weight = 0.0
+        self.mean.zero_()
+        self.std.zero_()
+        for place in range(len(self.sample_ids)):
+            self.text[place], self.text_mask[place] = self.empty_text, self.empty_mask
+            self.pooled[place] = self.empty_pooled
+
 
 def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) -> Batch:
     """Return a batch with room for ``size`` samples of ``store``, to be filled in place.

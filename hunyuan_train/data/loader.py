@@ -3,7 +3,7 @@
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ _MIN_SAMPLES = 100
 """Samples after which data.max_bad_share is compared; before, one bad sample would be too many."""
 _MAX_ATTEMPTS = 32
 """Rows that may be bad in turn in one place before their cell is called unusable."""
+_MOST_REFUSALS = 5
+"""Excluded updates from which on data.max_bad_share counts their samples: a single one may be a
+large part of a small store."""
 _ELSEWHERE = "another rank that shares its batch could not use it"
 
 
@@ -34,7 +37,8 @@ class BucketLoader:
     """Serves rank ``rank`` of ``world_size`` with its units of every planned update.
 
     The state is that of the last update that was taken: a run that resumes, on any number of ranks,
-    goes on where it stopped, and what was only read ahead does not count.
+    goes on where it stopped, and what was only read ahead does not count. Samples that training
+    wants never to meet again, see :meth:`exclude`, are part of it.
 
     Ranks that share a batch need the same samples. So in every step they first agree which samples
     are bad, and all replace them by the same others of the cell, until all are good everywhere.
@@ -71,7 +75,8 @@ class BucketLoader:
         self._rank, self._world_size = rank, world_size
         self._agree = agree
         self._bad = _BadSamples(quarantine)
-        self._state = planner.state_dict()
+        self._first = self._state = planner.state_dict()
+        self._excluded: dict[str, str] = {}
         self._reader: StepReader | None = None
         self._failure: Exception | None = None
         self._drawn = 0
@@ -98,19 +103,59 @@ class BucketLoader:
         return [unit.batch for unit in step.units]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the planner's state after the last update that was taken, ready for JSON."""
-        return self._state
+        """Return the planner's state after the last update that was taken, ready for JSON.
+
+        With the names of excluded samples, by the reason why; the same on all ranks.
+        """
+        if not self._excluded:
+            return self._state
+        excluded: dict[str, list[str]] = {}
+        for name, why in self._excluded.items():
+            excluded.setdefault(why, []).append(name)
+        return {**self._state, "excluded": excluded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after a saved update, on any number of ranks.
+
+        What this loader has excluded since then stays excluded: a run goes back because of it.
 
         Raises:
             ValueError: The data, their selection or the seed differ from those of the saved run.
         """
         self.close()
         self._planner.load_state_dict(state)
-        self._state = state
+        self._state = {key: value for key, value in state.items() if key != "excluded"}
+        saved = {name: why for why, names in state.get("excluded", {}).items() for name in names}
+        self._excluded = saved | self._excluded
         self._failure = None
+
+    def restart(self) -> None:
+        """Begin again with the first update; what is excluded stays so."""
+        self.load_state_dict(self._first)
+
+    def exclude(self, names: Iterable[str], why: str) -> None:
+        """Replace these samples by others of their cells from now on, wherever they come up.
+
+        What is read ahead still has them, so :meth:`load_state_dict` or :meth:`restart` has to
+        follow. All ranks exclude the same.
+
+        Args:
+            names: Ids; the samples of all sources with such an id are meant.
+            why: One clause, other than those of earlier calls.
+
+        Raises:
+            ValueError: Nothing would be left, or more than data.max_bad_share would be excluded
+                after more than a handful of calls.
+        """
+        self._excluded |= {name: why for name in sorted(names) if name not in self._excluded}
+        lost, total = len(self._excluded), sum(cell.count for cell in self._planner.cells)
+        times, limit = len(set(self._excluded.values())), self._cfg.max_bad_share
+        if lost >= total or (times > _MOST_REFUSALS and lost > limit * total):
+            raise ValueError(
+                f"{lost} of the {total} selected samples were in {times} refused updates (the last "
+                f"one: {why}), and data.max_bad_share={limit:g}; look at the learning rate and at "
+                "resilience.spike_factor"
+            )
 
     def close(self) -> None:
         """Stop reading ahead; the next step starts again after the last one that was taken."""
@@ -123,6 +168,11 @@ class BucketLoader:
     def replaced(self) -> int:
         """Samples that were bad and replaced since the loader was made."""
         return self._bad.total
+
+    @property
+    def excluded(self) -> int:
+        """Samples that are not drawn any more, see :meth:`exclude`."""
+        return len(self._excluded)
 
     @property
     def queued_bytes(self) -> int:
@@ -170,41 +220,74 @@ class BucketLoader:
         while bad:
             # All are asked for before the first is waited for.
             for place, request in [(place, self._ask_another(place, number)) for place in bad]:
-                place.fill(self._start(), request)
+                if request is not None and not place.loaded.cleared:
+                    place.fill(self._start(), request)
             self._check_share()
             bad = self._agreed(places)
 
     def _agreed(self, places: list["_Place"]) -> list["_Place"]:
-        """Return the places whose sample is bad on any rank that shares them."""
-        mask = torch.tensor([place.error is not None for place in places], dtype=torch.bool)
+        """Return the places whose sample is bad on any rank that shares them, if it counts."""
+        mask = torch.tensor([self._error(place) is not None for place in places], dtype=torch.bool)
         if self._agree is not None:
             mask = self._agree(mask)
-        return [place for place, bad in zip(places, mask.tolist(), strict=True) if bad]
+        bad = [place for place, found in zip(places, mask.tolist(), strict=True) if found]
+        return [place for place in bad if not place.loaded.cleared]
 
-    def _ask_another(self, place: "_Place", step: int) -> Request:
-        """Note the bad sample of ``place``, and ask for the next row of its cell."""
+    def _error(self, place: "_Place") -> SampleError | None:
+        """Return what is wrong with the sample of a place, None if it is good."""
+        name = place.row.sample_id
+        if name in self._excluded:
+            return SampleError(name, Reason.refused, self._excluded[name])
+        return place.loaded.bad.get(place.index)
+
+    def _ask_another(self, place: "_Place", step: int) -> Request | None:
+        """Note the bad sample of ``place``, and ask for the next row of its cell.
+
+        If all others are excluded, there is none, and the whole unit is cleared: the other ranks
+        take no part in this one's choice, and a few samples may be all that a cell has.
+        """
         unit, reader = place.loaded.unit, self._start()
         cell = self._planner.cells[unit.cell]
-        error = place.error or SampleError(place.row.sample_id, Reason.unreadable, _ELSEWHERE)
-        if place.attempts >= min(cell.count - 1, _MAX_ATTEMPTS):
-            self._bad.add(step, place.row, error, "")
+        error = self._error(place) or SampleError(
+            place.row.sample_id, Reason.unreadable, _ELSEWHERE
+        )
+        place.refused |= error.reason is Reason.refused
+        row = self._next_row(place) if place.loads < _MAX_ATTEMPTS else None
+        if row is not None:
+            place.loads += 1
+            request = reader.ask(unit, place.index, *row)
+            self._bad.add(step, place.row, error, request.row.sample_id)
+            return request
+        self._bad.add(step, place.row, error, "")
+        if not place.refused or place.loads >= _MAX_ATTEMPTS:
             raise ValueError(
                 f"bucket {cell.bucket} of {cell.name} has no usable sample: {place.attempts + 1} "
                 f"of its {cell.count} were tried for one place and all are bad ({self._bad}); "
                 "repair or leave out its data"
             )
-        with reader.lock:
-            number, epoch = self._planner.replacement(unit, place.index, place.attempts)
-        place.attempts += 1
-        request = reader.ask(unit, place.index, number, epoch)
-        self._bad.add(step, place.row, error, request.row.sample_id)
-        return request
+        place.loaded.cleared = True
+        place.loaded.batch.clear()
+        return None
+
+    def _next_row(self, place: "_Place") -> tuple[int, int] | None:
+        """Return the next row of the cell that is not excluded, with its epoch; None: no more."""
+        unit = place.loaded.unit
+        cell = self._planner.cells[unit.cell]
+        index = self._stores[cell.store].index
+        while place.attempts < cell.count - 1:
+            with self._start().lock:
+                number, epoch = self._planner.replacement(unit, place.index, place.attempts)
+            place.attempts += 1
+            if index.row(number).sample_id not in self._excluded:
+                return number, epoch
+            place.refused = True
+        return None
 
     def _check_share(self) -> None:
-        limit = self._cfg.max_bad_share
-        if self._drawn >= _MIN_SAMPLES and self.replaced > limit * self._drawn:
+        limit, unusable = self._cfg.max_bad_share, self._bad.unusable
+        if self._drawn >= _MIN_SAMPLES and unusable > limit * self._drawn:
             raise ValueError(
-                f"{self.replaced} of {self._drawn} samples were unusable ({self._bad}), more than "
+                f"{unusable} of {self._drawn} samples were unusable ({self._bad}), more than "
                 f"data.max_bad_share={limit:g}; repair the data or raise data.max_bad_share"
             )
 
@@ -216,12 +299,11 @@ class _Place:
     loaded: LoadedUnit
     index: int
     attempts: int = 0
-    """Replacements so far."""
-
-    @property
-    def error(self) -> SampleError | None:
-        """What is wrong with the sample on this rank."""
-        return self.loaded.bad.get(self.index)
+    """Replacements looked at so far."""
+    loads: int = 0
+    """Those of them that were loaded."""
+    refused: bool = False
+    """Whether an excluded sample was among what was looked at."""
 
     @property
     def row(self) -> SampleRow:
@@ -256,6 +338,11 @@ class _BadSamples:
     def total(self) -> int:
         """Bad samples met, repeated ones included."""
         return self._reasons.total()
+
+    @property
+    def unusable(self) -> int:
+        """Those of them that could not be read, and not only must not be used."""
+        return self.total - self._reasons[Reason.refused]
 
     def add(self, step: int, row: SampleRow, error: SampleError, replaced_by: str) -> None:
         """Count one, and list it if it is new."""

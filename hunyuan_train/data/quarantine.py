@@ -22,6 +22,8 @@ class Reason(StrEnum):
     not_finite = "not_finite"
     checksum = "checksum"
     crop = "crop"
+    refused = "refused"
+    """Of an update that ``resilience.guard`` refused; one of its samples may be to blame."""
 
 
 class MediaError(Exception):

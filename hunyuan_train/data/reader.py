@@ -29,6 +29,8 @@ class LoadedUnit:
     """By place."""
     bad: dict[int, SampleError]
     """By place."""
+    cleared: bool = False
+    """It has no usable sample left, and its batch no weight."""
 
 
 @dataclass(kw_only=True, slots=True)

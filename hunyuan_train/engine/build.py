@@ -97,7 +97,9 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         snapshots=build_snapshots(cfg, world),
         replicas=Replicas(cfg.resilience, model.axes, lambda part: digest_boxes(boxes(part))),
     )
-    restore(run)
+    run.restored = restore(run)
+    if run.restored is None and cfg.stage.init_from:
+        start_from(run, Path(cfg.stage.init_from))
     return run
 
 
@@ -149,25 +151,40 @@ def init_weights(updates: Updates, rules: Mapping[str, InitRule], seed: int) -> 
     updates.weights_changed()
 
 
-def restore(run: TrainRun) -> None:
-    """Continue from memory or disk, whichever is newer, or start from another stage's weights."""
+def restore(run: TrainRun, *, before: int | None = None) -> Restored | None:
+    """Take the newest state in memory or on disk; None if there is none and nothing has changed.
+
+    Args:
+        run: The run, its state filled.
+        before: Only states of fewer updates in memory; those on disk are all such.
+    """
     started, tensors = time.perf_counter(), run.state.tensors()
     latest = gather_objects(run.checkpoints.latest() if run.world.rank == 0 else None)[0]
     saved = step_of(latest) if latest is not None else 0
-    kept = run.snapshots.restore(tensors, least=saved)
+    kept = run.snapshots.restore(tensors, least=saved, before=before)
     if kept is not None:
         source, counters = "memory", kept.counters
-    elif (found := run.checkpoints.restore(tensors)) is not None:
+    elif (found := run.checkpoints.restore(tensors, replay=before is None)) is not None:
         source, counters = "disk", found.extra
     else:
-        if run.cfg.stage.init_from:
-            start_from(run, Path(run.cfg.stage.init_from))
-        return
+        return None
     run.state.load_counters(counters)
     run.state.updates.weights_changed()
-    run.restored = Restored(
-        source=source, step=run.state.step, seconds=time.perf_counter() - started
-    )
+    return Restored(source=source, step=run.state.step, seconds=time.perf_counter() - started)
+
+
+def start_fresh(run: TrainRun) -> None:
+    """Put a run that has moved on back to its first step, to the last bit."""
+    cfg, state = run.cfg, run.state
+    init_weights(state.updates, init_rules(build_on_meta(cfg)), cfg.run.seed)
+    for moments in state.updates.local_moments().values():
+        for tensor in moments.values():
+            tensor.zero_()
+    state.ema.reset()
+    state.skipped_updates.zero_()
+    state.restart_counters()
+    if cfg.stage.init_from:
+        start_from(run, Path(cfg.stage.init_from))
 
 
 def start_from(run: TrainRun, source: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.config.run import CertifyWidth
 from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.engine.certified import is_certified, remember
 from hunyuan_train.engine.trial import MicroBatch, TrialResult, reference_config, run_trial
 from hunyuan_train.optim.updates import Updates
 from hunyuan_train.parallel.mesh import Axes, build_axes
@@ -90,10 +91,15 @@ def certify(cfg: RunConfig, world: World) -> list[Certificate]:
 def certify_start(cfg: RunConfig, world: World) -> None:
     """Prove the layout of a run on several ranks with a small model, in a few seconds.
 
+    A restart leaves out what an earlier attempt of the run has proved.
+
     Raises:
         ValueError: the layout computes something else; names the groups of parameters.
     """
     if world.size == 1 or not cfg.certify.at_start:
+        return
+    if is_certified(cfg, world):
+        log.info("certified by an earlier attempt: %s", describe_layout(cfg, world.size))
         return
     small = replace(cfg, certify=replace(cfg.certify, width=CertifyWidth.small, blocks=1, steps=1))
     for certificate in certify(small, world):
@@ -111,6 +117,7 @@ def certify_start(cfg: RunConfig, world: World) -> None:
             max(certificate.errors.values()),
             certificate.seconds,
         )
+    remember(cfg, world)
 
 
 def thin_slice(cfg: RunConfig) -> RunConfig:

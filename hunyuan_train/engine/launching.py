@@ -1,13 +1,21 @@
 """From a config to a job that is kept going. Free of torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.resilience.config import ResilienceConfig
 from hunyuan_train.resilience.health import Health, preflight
 from hunyuan_train.resilience.layouts import Job, heads_fit, parse
 from hunyuan_train.resilience.supervisor import Launch, Supervisor
+
+WATCHED = ("train", "curriculum")
+"""Verbs whose ranks write heartbeats in lockstep; a watchdog would take the others for hung."""
+
+PRELOAD = ("hunyuan_train.data.table", "torch.utils.tensorboard")
+"""What those verbs import late; without it every rank would at every restart."""
 
 OWN_SECTION = "launch."
 """Fields for the launcher alone. They may differ between machines, so ranks do not get them."""
@@ -21,18 +29,24 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
             does not exist.
     """
     kept = [argument for argument in arguments if not argument.startswith(OWN_SECTION)]
+    late = PRELOAD if verb in WATCHED else ()
     run_dir = Path(cfg.run.dir)
     return Supervisor(
         Launch(
             cfg=cfg.launch,
-            resilience=cfg.resilience,
+            resilience=watched(verb, cfg.resilience),
             job=job_of(cfg),
             run_dir=run_dir,
             argv=("-m", "hunyuan_train", verb, *kept),
-            preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}",),
+            preload=(f"hunyuan_train.cli.{verb.replace('-', '_')}", *late),
             preflight=partial(check_machine, cfg) if cfg.launch.preflight else None,
         )
     ).run()
+
+
+def watched(verb: str, cfg: ResilienceConfig) -> ResilienceConfig:
+    """Return ``cfg``, without a watchdog for a verb that it cannot watch."""
+    return cfg if verb in WATCHED else replace(cfg, watchdog_s=0)
 
 
 def check_machine(cfg: RunConfig) -> Health:
@@ -49,8 +63,7 @@ def job_of(cfg: RunConfig) -> Job:
     job = Job(
         parallel=cfg.parallel,
         world_size=cfg.launch.nodes * cfg.launch.ranks_per_node,
-        micro_steps=cfg.stage.micro_steps,
-        fixed_update=bool(cfg.data.global_samples or cfg.data.global_tokens),
+        planned_ranks=cfg.data.planned_ranks,
         num_heads=cfg.model.num_heads,
     )
     for text in cfg.launch.layouts:

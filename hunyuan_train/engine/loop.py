@@ -88,12 +88,16 @@ def run_steps(
         waited_s = time.perf_counter() - started
         metrics = train_step(state, batches, cfg, run.world, run.scaling_factor, watch.heart)
         meter.add(metrics, waited_s)
-        watch.end(metrics, batches, waited_s)
+        if watch.end(metrics, batches, waited_s):
+            meter.go_back()
+            continue
         if cfg.logging.due(state.step) or state.step == last:
             meter.emit(watch.clock)
         stop = preemption.requested()
-        if stop or state.step == last or run.checkpoints.due(state.step):
-            watch.save()
+        keep = stop or state.step == last or run.checkpoints.due(state.step)
+        if keep and watch.save():
+            meter.go_back()
+            continue
         if stop and state.step < last:
             log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
             return Outcome.PREEMPTED
@@ -104,15 +108,20 @@ def run_steps(
 def claim_folder(cfg: RunConfig, world: World) -> None:
     """Write the run's config on the first start; on a restart, refuse a config that differs.
 
+    Where ``data.planned_ranks`` is 0 it becomes that of the first start, so that updates hold the
+    same samples on any ranks, and ``stage.micro_steps`` need not change with their number.
+
     Raises:
         ValueError: listing each field that differs, unless ``run.accept_changes`` is set.
     """
     path = Path(cfg.run.dir) / CONFIG_NAME
-    if path.is_file():
+    then = load_config(path) if path.is_file() else None
+    if not cfg.data.planned_ranks:
+        ranks = world.size // (cfg.parallel.tp * cfg.parallel.cp)
+        cfg.data.planned_ranks = then.data.planned_ranks if then else ranks
+    if then is not None:
         changes = [
-            line
-            for line in config_difference(load_config(path), cfg)
-            if not line.startswith(FREE_TO_CHANGE)
+            line for line in config_difference(then, cfg) if not line.startswith(FREE_TO_CHANGE)
         ]
         if changes and not cfg.run.accept_changes:
             raise ValueError(

@@ -25,11 +25,16 @@ class StepMeter:
         cfg, step = run.cfg, run.state.step
         self._run = run
         self._peak = peak_tflops(run.world.device)
-        self._logger = MetricLogger(
-            run.folder, cfg.logging, run.world.rank, start_step=step, run_config=config_dict(cfg)
-        )
         self._progress = Progress(
             cfg.logging, cfg.stage.steps, run.world.rank, start_step=step, label=cfg.stage.name
+        )
+        self._open()
+
+    def _open(self) -> None:
+        run = self._run
+        cfg, step = run.cfg, run.state.step
+        self._logger = MetricLogger(
+            run.folder, cfg.logging, run.world.rank, start_step=step, run_config=config_dict(cfg)
         )
         self._throughput = Throughput(self._peak.tflops, run.world.size)
         path = run.folder / FILE_NAME if run.world.rank == 0 else None
@@ -37,6 +42,12 @@ class StepMeter:
         self._buckets = BucketMeter(run.state.loader.buckets, axes, device, path, step)
         self._balance: list[float] = []
         self._steps: list[StepMetrics] = []
+
+    def go_back(self) -> None:
+        """Drop what was counted and written after the present step, which is an earlier one."""
+        self._logger.close()
+        self._buckets.close()
+        self._open()
 
     def __enter__(self) -> "StepMeter":
         """Start the progress line."""
@@ -92,6 +103,7 @@ class StepMeter:
             "samples": run.state.samples,
             "skipped_updates": run.state.skipped_updates,
             "replaced_samples": run.state.model.axes.sum(replaced, "dp"),
+            "excluded_samples": run.state.loader.excluded,
             "balance": sum(self._balance) / len(self._balance),
         }
         self._steps, self._balance = [], []

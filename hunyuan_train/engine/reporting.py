@@ -11,6 +11,7 @@ import torch
 from hunyuan_train.config.compose import CONFIG_NAME, load_config
 from hunyuan_train.engine.bucket_meter import FILE_NAME as BUCKETS_NAME
 from hunyuan_train.engine.data import QUARANTINE_NAME
+from hunyuan_train.engine.goodput import goodput_table
 from hunyuan_train.engine.precompute_merge import QUARANTINE
 from hunyuan_train.engine.sampling import PROMPTS_NAME, newest_weights
 from hunyuan_train.engine.vae_run import SUMMARY_NAME
@@ -114,7 +115,7 @@ def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
             figures=figures,
             stages=run_stages(folder),
             grids=grids,
-            tables=data_tables(folder),
+            tables=[*data_tables(folder), *([time] if (time := goodput_table(folder)) else [])],
             extra_curves=vae_curves(vae_folder) if vae_folder else {},
             settings=machine(),
         ),

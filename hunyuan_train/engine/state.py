@@ -63,3 +63,9 @@ class TrainState:
         self.tokens = counters["tokens"]
         self.loader.load_state_dict(counters["loader"])
         self.guard.load_state_dict(counters["guard"])
+
+    def restart_counters(self) -> None:
+        """Set everything that is not a tensor to what a fresh run has, save what was excluded."""
+        self.step = self.samples = self.tokens = 0
+        self.loader.restart()
+        self.guard.forget()

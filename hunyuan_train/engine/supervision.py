@@ -16,10 +16,12 @@ from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.certify import describe_layout
 from hunyuan_train.engine.own_work import OwnWork
+from hunyuan_train.engine.rewind import guard_event, rewind
 from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.resilience.clock import DATA, OTHER, REFUSED, STEP, Clock
 from hunyuan_train.resilience.drill import drilled
 from hunyuan_train.resilience.events import EventKind, Events
+from hunyuan_train.resilience.guard import Judgement
 from hunyuan_train.resilience.guard import Outcome as Verdict
 from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.runtime.dist import World
@@ -62,6 +64,7 @@ class Supervision:
             self._events.emit(
                 EventKind.restore, source=found.source, step=found.step, seconds=found.seconds
             )
+        self.heart.resume(run.state.step)
         self.clock.ready(run.state.step, run.restored.seconds if run.restored else 0.0)
         return self
 
@@ -83,7 +86,8 @@ class Supervision:
                 self.clock.lap("save")
         self.clock.leave(error)
         run.snapshots.close()
-        run.checkpoints.close()
+        # A rank that fails alone must show it at once. Bad input is met by all, and ends the job.
+        run.checkpoints.close(abandon=error is not None and not isinstance(error, ValueError))
 
     def begin(self) -> None:
         """Mark the begin of an update: it waits for its data first."""
@@ -92,13 +96,16 @@ class Supervision:
         self._started = time.perf_counter()
         self.heart.phase("data")
 
-    def end(self, metrics: StepMetrics, batches: Sequence[Batch], waited_s: float) -> None:
+    def end(self, metrics: StepMetrics, batches: Sequence[Batch], waited_s: float) -> bool:
         """Take the numbers of an update: compare a replayed one, judge the one before.
 
         Args:
             metrics: Of the update.
             batches: What it was computed from.
             waited_s: Seconds it waited for them.
+
+        Returns:
+            Whether the run went back to before a refused update.
 
         Raises:
             ValueError: the first update after a restore differs from the one the checkpoint keeps;
@@ -111,11 +118,14 @@ class Supervision:
             run.checkpoints.record_replay(state.step - 1, token)
         ids = [name for batch in batches if batch.weight for name in batch.sample_ids]
         judged = state.guard.check(state.step, metrics.loss, metrics.grad_norm, ids, metrics.kind)
+        if judged.outcome is Verdict.ok and run.snapshots.due(state.step):
+            judged = state.guard.settle()
         self.clock.lap(STEP)  # with the replay and the guard, which wait for the device
         self.clock.move(STEP, DATA, waited_s)
         if judged.outcome is not Verdict.ok:
             self.clock.move(STEP, REFUSED, time.perf_counter() - self._started)
-            self._refused(judged.outcome, judged.sentence)
+            if self._refused(judged):
+                return True
         self._report(run.checkpoints.poll())
         self.clock.lap("save")
         if run.replicas.due(state.step):
@@ -126,9 +136,13 @@ class Supervision:
         busy_s, cost = self._own.measure(batches)
         self.heart.beat(state.step, time.perf_counter() - self._started, busy_s=busy_s, cost=cost)
         self.clock.done(state.step)
+        return False
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Save a checkpoint of the present state, compared with the other ranks if that is asked.
+
+        Returns:
+            Whether the run went back instead, because the last update is refused.
 
         Raises:
             SilentCorruptionError: this rank's state differs from that of the others.
@@ -136,6 +150,10 @@ class Supervision:
         """
         run, state = self._run, self._run.state
         self.clock.lap(OTHER)
+        judged = state.guard.settle()
+        self.clock.lap(STEP)
+        if judged.outcome is not Verdict.ok and self._refused(judged):
+            return True
         if run.cfg.resilience.replica_every:
             self._compare()
         with self.heart.phase("save"):
@@ -143,6 +161,7 @@ class Supervision:
         self._report(run.checkpoints.poll())
         self.clock.lap("save")
         self.clock.done(state.step, tell=True)
+        return False
 
     def _compare(self) -> None:
         """Raise if the ranks disagree: on those to blame as their own failure, else as a peer's."""
@@ -160,20 +179,33 @@ class Supervision:
                 EventKind.detected, fault="corruption", step=step, ranks=list(verdict.ranks),
                 sentence=verdict.sentence,
             )  # fmt: skip
-        run.snapshots.remove()  # they may hold what is wrong; what is on disk was compared
+        cfg = run.cfg.resilience
+        if not cfg.replica_every or cfg.snapshot_every % cfg.replica_every:
+            run.snapshots.remove()  # they may hold what is wrong; what is on disk was compared
         if run.world.rank in verdict.ranks:
             raise SilentCorruptionError(verdict.sentence)
         raise ConnectionError(f"{verdict.sentence}; this rank ends for it")
 
-    def _refused(self, outcome: Verdict, sentence: str) -> None:
+    def _refused(self, judged: Judgement) -> bool:
+        """Do what the guard asks about an update, say so, and return whether the run went back."""
+        done = None
+        if judged.outcome is Verdict.rewind:
+            with self.heart.phase("start"):
+                self._report(self._run.checkpoints.finish())
+                done = rewind(self._run, judged)
+            self._compared = -1
+            self.clock.lap("rewind")
+            self.clock.rewound(done.restored.step)
         if self._first:
-            log.warning("%s: %s", outcome.value, sentence)
-            self._events.emit(EventKind.guard, action=outcome.value, detail=sentence)
-        if outcome is Verdict.stop:
+            where = f"; back to step {done.restored.step}, {done.restored.source}" if done else ""
+            log.warning("%s: %s%s", judged.outcome.value, judged.sentence, where)
+            self._events.emit(EventKind.guard, **guard_event(judged, done))
+        if judged.outcome is Verdict.stop:
             raise ValueError(
-                f"{sentence}; look at these samples and at the learning rate, or set "
+                f"{judged.sentence}; look at these samples and at the learning rate, or set "
                 "resilience.guard=skip and raise resilience.max_skipped"
             )
+        return done is not None
 
     def _report(self, outcomes: Sequence[SaveOutcome]) -> None:
         for outcome in outcomes if self._first else ():

@@ -157,7 +157,10 @@ class Agent:
         """Kill a rank that the watchdog says hangs; it counts as failed."""
         if rank in self.ranks and rank not in self.codes and not self._stopped_at:
             self._hung[rank] = why
-            self._standby.signal(rank, signal.SIGKILL, group=True)
+            if rank in self._standby.pids:
+                self._standby.signal(rank, signal.SIGKILL, group=True)
+            else:
+                self._standby.kill()
 
     def _failure(self, rank: int, code: int) -> Failure:
         attempt, node = self.order.attempt, self.order.node

@@ -51,7 +51,8 @@ class ResilienceConfig:
     samples, stop ends the run, off does nothing."""
 
     spike_factor: float = 10
-    """A loss this many robust deviations above its running median is a spike."""
+    """A loss this many robust deviations above its running median, and half above the highest tenth
+    of the last ones, is a spike."""
 
     max_skipped: int = 20
     """Updates left out in a row before the run stops."""

@@ -18,7 +18,7 @@ from hunyuan_train.resilience.crashes import (
     culprits,
     repeated,
 )
-from hunyuan_train.resilience.layouts import ACCEPT, Job, choose
+from hunyuan_train.resilience.layouts import Job, choose
 
 CALM_S = 3600.0
 """An attempt that ran this long before it failed says nothing about the failures before it."""
@@ -208,8 +208,6 @@ def _begin(facts: Facts, delay_s: float) -> Decision:
         return _waiting(facts, len(usable))
     nodes, overrides = found
     before = facts.attempts[-1].plan if facts.attempts else None
-    if before is not None and ACCEPT in before.overrides and ACCEPT not in overrides:
-        overrides = [*overrides, ACCEPT]  # the folder holds the config of the smaller world
     tickets = place(usable, before.tickets if before else [], nodes)
     if hidden := _hidden([facts.members[ticket] for ticket in tickets]):
         return Stop(EXIT_BAD_INPUT, hidden)

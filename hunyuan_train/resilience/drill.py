@@ -181,6 +181,7 @@ class _Drill:
 
     def enospc(self, fault: Fault) -> None:
         """Have the kernel refuse what the writer process writes, until the next save."""
+        self._run.checkpoints._settle(wait=True)  # the save before is not meant
         pid = self._run.checkpoints.writer_pid
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (_TINY_FILE_BYTES, before[1]))
@@ -188,6 +189,7 @@ class _Drill:
 
     def _lift_limit(self) -> None:
         if self._limited is not None:
+            self._run.checkpoints._settle(wait=True)
             pid, before = self._limited
             self._limited = None
             resource.prlimit(pid, resource.RLIMIT_FSIZE, before)

@@ -6,7 +6,7 @@ Two halves, neither of which makes the host wait for the device:
   infinity where the loss is above a limit known since the update before, and an update with such a
   norm leaves the weights alone. So a refused update never becomes part of the state.
 - :meth:`Guard.check` runs after it and judges the numbers of the update before, which have reached
-  the host by then.
+  the host by then. Before a state is kept, :meth:`Guard.settle` judges the last update early.
 
 All ranks must give the same bits: a loss and a norm reduced over *all* ranks. Then they also come
 to the same verdict in the same step, without talking to each other.
@@ -29,6 +29,9 @@ _WINDOW = 50
 _LEAST_HISTORY = 12
 _LEAST_DEVIATION = 0.02
 """Of the log loss: with spike_factor 10, a rise of less than 22 % is never a spike."""
+_LEAST_RISE = math.log(1.5)
+"""Over what one in ten losses lately is above. Where losses have a long tail, the deviation of 50
+of them is by chance small enough, once in ten thousand updates, to call the tail a spike."""
 
 _NORMAL = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
@@ -57,7 +60,13 @@ class Judgement:
     step: int = 0
     samples: tuple[str, ...] = ()
     """Of this rank in that update."""
+    loss: float | None = None
+    norm: float | None = None
+    """None where they are not finite."""
+    reason: str = ""
+    """Why it was refused, with the numbers compared, short."""
     sentence: str = ""
+    """The same with step and samples."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,6 +85,11 @@ class _Pending:
             self.arrived.synchronize()
         loss, norm = self.host.tolist()
         return loss, norm
+
+    def accepted(self) -> bool:
+        """Return whether the numbers are finite and the loss is no spike."""
+        loss, norm = self.read()
+        return math.isfinite(loss) and math.isfinite(norm) and loss <= self.limit
 
 
 class Guard:
@@ -104,7 +118,8 @@ class Guard:
             return _NO_LIMIT
         middle = statistics.median(recent)
         spread = _NORMAL * statistics.median(abs(value - middle) for value in recent)
-        exponent = middle + self._factor * max(spread, _LEAST_DEVIATION)
+        high = sorted(recent)[-1 - len(recent) // 10]
+        exponent = max(middle + self._factor * max(spread, _LEAST_DEVIATION), high + _LEAST_RISE)
         # Rounded as the device rounds it, so that both sides of this module agree to the last bit.
         return torch.tensor(math.exp(min(exponent, 80.0)), dtype=torch.float32).item()
 
@@ -154,10 +169,25 @@ class Guard:
         )
         return judged
 
+    def settle(self) -> Judgement:
+        """Judge the last update now if the run has to go back because of it.
+
+        Called before the state is kept somewhere, it waits for that update's numbers; no state that
+        is kept then has a refused update as its last. An accepted one is judged in its turn:
+        otherwise limits would depend on when states are kept.
+
+        Returns:
+            What :meth:`check` would about it; ``ok`` if it is accepted or the action is another.
+        """
+        update = self._pending
+        if self._action is not GuardAction.rewind or update is None or update.accepted():
+            return Judgement(outcome=Outcome.ok)
+        self._pending = None
+        return self._judge(update)
+
     def _judge(self, update: _Pending) -> Judgement:
         loss, norm = update.read()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite and loss <= update.limit:
+        if update.accepted():
             recent = self._recent.setdefault(update.kind, deque(maxlen=_WINDOW))
             recent.append(math.log(max(loss, 1e-12)))
             if update.step > self._furthest:
@@ -170,16 +200,20 @@ class Guard:
             GuardAction.rewind: Outcome.rewind,
             GuardAction.stop: Outcome.stop,
         }[self._action]
-        reason = f"is above the limit of {update.limit:.4g}" if finite else "is not finite"
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        verdict = f"is above the limit of {update.limit:.4g}" if finite else "is not finite"
         what = f"loss {loss:.4g}" if finite or not math.isfinite(loss) else f"gradient norm {norm}"
+        reason = f"{what} {verdict}"
         numbers = f"(loss {loss:.4g}, gradient norm {norm:.4g}, {_some(update.samples)})"
-        sentence = f"step {update.step}: {what} {reason} {numbers}"
+        sentence = f"step {update.step}: {reason} {numbers}"
         if self._refused >= self._patience and outcome is not Outcome.stop:
             outcome = Outcome.stop
             sentence += f"; {self._refused} updates were refused in a row"
         return Judgement(
-            outcome=outcome, step=update.step, samples=update.samples, sentence=sentence
-        )
+            outcome=outcome, step=update.step, samples=update.samples, reason=reason,
+            sentence=sentence, loss=loss if math.isfinite(loss) else None,
+            norm=norm if math.isfinite(norm) else None,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, ready for JSON; it waits for the last update's numbers.
@@ -197,6 +231,10 @@ class Guard:
             "furthest": self._furthest,
             "pending": kept,
         }
+
+    def forget(self) -> None:
+        """Start without history, but for the refusals counted."""
+        self._recent, self._pending = {}, None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned.

@@ -212,6 +212,11 @@ class Heartbeat:
         self._mark(kind)
         return _Restore(self, before)
 
+    def resume(self, step: int) -> None:
+        """Say that ``step`` updates were done before this attempt; failures are told by step."""
+        self._step = step
+        self.phase("start")
+
     def beat(
         self, step: int, seconds: float, *, busy_s: float | None = None, cost: float = 1.0
     ) -> None:

@@ -10,8 +10,6 @@ from math import prod
 from hunyuan_train.parallel.config import ParallelConfig
 
 AXES = ("tp", "cp_ring", "cp_ulysses", "dp_replicate")
-ACCEPT = "run.accept_changes=true"
-"""Lets a run go on with other micro-steps per rank: its config may not change otherwise."""
 
 _FIELDS = (*AXES, "sp", "zero_stage")
 
@@ -23,10 +21,8 @@ class Job:
     parallel: ParallelConfig
     world_size: int
     """Ranks the config was written for."""
-    micro_steps: int = 1
-    """Micro-batches per rank and update."""
-    fixed_update: bool = False
-    """Whether the config gives the size of an update over all ranks, whatever their number."""
+    planned_ranks: int = 0
+    """``data.planned_ranks`` of the config; 0 leaves them to the first start."""
     num_heads: int = 0
     """Attention heads, which tp and cp_ulysses share out; 0 checks nothing."""
 
@@ -35,8 +31,8 @@ def choose(job: Job, ranks: int, allowed: Sequence[str] = ()) -> list[str] | Non
     """Return the overrides with which ``job`` runs on ``ranks`` ranks, or None if nothing fits.
 
     The config's own layout, data-parallel ranks left out, comes first unless ``allowed`` names
-    others; those are tried in their order. An update keeps its samples: where the config counts
-    them per rank, the micro-batches per rank grow as the data-parallel ranks become fewer.
+    others; those are tried in their order. An update keeps its samples: it stays planned for the
+    data-parallel ranks that the config was written for.
 
     Args:
         job: The run.
@@ -54,11 +50,9 @@ def choose(job: Job, ranks: int, allowed: Sequence[str] = ()) -> list[str] | Non
         if ranks % fixed or not heads_fit(job, layout):
             continue
         overrides = _difference(job.parallel, layout)
-        micro_steps = _micro_steps(job, layout, ranks)
-        if micro_steps is None:
-            continue
-        if micro_steps != job.micro_steps:
-            overrides += [f"stage.micro_steps={micro_steps}", ACCEPT]
+        if not job.planned_ranks:
+            planned = job.world_size // (job.parallel.tp * job.parallel.cp)
+            overrides.append(f"data.planned_ranks={planned}")
         return overrides
     return None
 
@@ -100,16 +94,6 @@ def _with_fewer_replicas(base: ParallelConfig) -> list[ParallelConfig]:
     """Return the layout as it is, then with fewer and fewer replicas."""
     counts = [n for n in range(base.dp_replicate, 0, -1) if base.dp_replicate % n == 0]
     return [replace(base, dp_replicate=n) for n in counts]
-
-
-def _micro_steps(job: Job, layout: ParallelConfig, ranks: int) -> int | None:
-    """Return the micro-batches per rank that keep an update's size, None if no number does."""
-    if job.fixed_update:
-        return job.micro_steps
-    before = job.world_size // (job.parallel.tp * job.parallel.cp)
-    now = ranks // (layout.tp * layout.cp)
-    total = before * job.micro_steps
-    return total // now if total % now == 0 else None
 
 
 def _difference(base: ParallelConfig, layout: ParallelConfig) -> list[str]:

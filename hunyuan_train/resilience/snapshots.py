@@ -9,6 +9,7 @@ reduction, whether all have finished the one before; if not, this one is left ou
 
 import hashlib
 import logging
+import math
 import secrets
 import threading
 import time
@@ -222,19 +223,24 @@ class Snapshots:
             self._peers[rank] = Peer(self._addresses[rank], self._token, self._timeout_s)
         return self._peers[rank]
 
-    def restore(self, tensors: Mapping[str, Any], *, least: int = 0) -> Restored | None:
+    def restore(
+        self, tensors: Mapping[str, Any], *, least: int = 0, before: int | None = None
+    ) -> Restored | None:
         """Fill ``tensors`` from the newest snapshot of which every part is somewhere.
 
-        All ranks call it before the first :meth:`take`. Other snapshots are deleted: what comes
-        later has nothing to do with them.
+        All ranks call it, before the first :meth:`take` or when the run goes back in time. Other
+        snapshots are deleted: what comes later has nothing to do with them.
 
         Args:
             tensors: As for :meth:`take`; filled in place, by every rank or by none.
             least: Ignore snapshots of fewer updates, because the disk has a newer state.
+            before: Ignore snapshots of this many updates or more.
         """
         if not self._every:
             return None
         started = time.perf_counter()
+        self.finish()
+        self._forget()
         mine = [
             (part.rank, part.stamp)
             for _, part in stored_parts(self.folder)
@@ -242,7 +248,8 @@ class Snapshots:
         ]
         held = [set(parts) for parts in gather_objects(mine)]
         everywhere = set[tuple[int, Stamp]]().union(*held)
-        stamps = {stamp for _, stamp in everywhere if stamp[1] >= least}
+        end = math.inf if before is None else before
+        stamps = {stamp for _, stamp in everywhere if least <= stamp[1] < end}
         result = None
         for stamp in sorted(stamps, key=lambda stamp: (stamp[1], stamp[0]), reverse=True):
             if not all((rank, stamp) in everywhere for rank in range(self._world)):
@@ -323,10 +330,16 @@ class Snapshots:
         All ranks call it; taking more afterwards is fine.
         """
         self.finish()
-        self._own.close()
+        self._forget()
         remove_parts(self.folder)
-        self._keep = self._pending = None
         barrier()
+
+    def _forget(self) -> None:
+        """Close the own slots; what is in them becomes a snapshot like any other."""
+        self._copy.release()
+        self._own.close()
+        self._keep = self._pending = None
+        self._last = _Last.good
 
 
 def _own_host() -> str:

@@ -59,17 +59,23 @@ class Standby:
         self.running: set[int] = set()
         """Keys of the ranks that were started and have not ended."""
         self.pids: dict[int, int] = {}
+        """Of the ranks, once they are forked."""
         self.ended_at: dict[int, float] = {}
         """When a rank that has ended did, by the system clock."""
 
     def start(self, key: int, argv: Sequence[str], env: dict[str, str], log: Path) -> None:
         """Start ``python argv...`` with ``env`` on top of ours and its output added to ``log``."""
+        self.pids.pop(key, None)
         self.running.add(key)
         self._send({"start": key, "argv": list(argv), "env": env, "log": str(log)})
 
     def signal(self, key: int, number: int, *, group: bool = False) -> None:
         """Send a signal to a rank, or with ``group`` to all processes it started, too."""
         self._send({"signal": number, "key": key, "group": group})
+
+    def kill(self) -> None:
+        """Kill the forking process, which may hang in an import, and with it all ranks."""
+        self._process.kill()
 
     def ended(self) -> dict[int, int]:
         """Return the exit codes (minus the signal) of the ranks that ended since the last call.

@@ -87,6 +87,14 @@ class StateCopy:
             runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
             self._pinned[key] = memory
 
+    def release(self) -> None:
+        """Let go of the memory of all slots: they are to be opened anew."""
+        for memory in self._pinned.values():
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(memory.data_ptr())
+        self._pinned.clear()
+        self._views.clear()
+
     def fence(self) -> None:
         """Let the present stream wait for the copies."""
         if self._event is not None:

@@ -13,6 +13,7 @@ each by its own allowance since it last got on:
 - ten times ``watchdog_s`` for the first two times of a phase in a bucket (compilation, first
   buffers), for the start and for evaluation, five times for a checkpoint, and twice for data. Of
   the last three never less than twice the usual time. ``watchdog_s`` while nothing is usual yet.
+  A rank that has not shown up yet imports what it needs: it gets a minute at least.
 
 On a GPU the host marks phases ahead of the device; a kernel that hangs stops the host in the next
 phase that waits for the device, on all ranks in the same one.
@@ -45,6 +46,7 @@ POLL_S = 0.25
 """How often to call :meth:`Monitor.check`."""
 
 _LONGEST_GAP_S = 2.0
+_IMPORTS_S = 60.0
 _PATIENCE = {"start": 10, "evaluate": 10, "save": 5, "data": 2}
 _FIRST = 10
 _USUAL = 2
@@ -123,7 +125,7 @@ def allowance(beat: Beat | None, cfg: ResilienceConfig) -> float:
     if not cfg.watchdog_s:
         return math.inf
     if beat is None:
-        return _PATIENCE["start"] * cfg.watchdog_s
+        return max(_PATIENCE["start"] * cfg.watchdog_s, _IMPORTS_S)
     usual_s = max(beat.typical_s, beat.typical_step_s)
     patience = _PATIENCE.get(beat.phase)
     if patience is not None:

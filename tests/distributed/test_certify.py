@@ -165,7 +165,7 @@ def test_train_proves_its_layout_first_and_refuses_a_wrong_one(data: Path, tmp_p
     refused = run_verb("train", [*other, *LAYOUT[:1], "certify.tolerance=1e-12"], 2)
     assert refused.returncode != 0
     assert "does not compute what one process computes: " in refused.stderr
-    assert not (tmp_path / "refused").exists()
+    assert not (tmp_path / "refused" / "config.yaml").exists()
     unproved = run_verb(
         "train", [*other, *LAYOUT[:1], "certify.tolerance=1e-12", "certify.at_start=false"], 2
     )

@@ -101,19 +101,18 @@ def test_only_the_same_rank_step_and_exception_repeat() -> None:
     assert repeated([killed] * 5, 2) is None
 
 
-JOB = Job(parallel=ParallelConfig(tp=2, dp_replicate=2), world_size=16, micro_steps=3, num_heads=24)
+JOB = Job(parallel=ParallelConfig(tp=2, dp_replicate=2), world_size=16, num_heads=24)
 
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
         (16, []),
-        (8, ["stage.micro_steps=6", "run.accept_changes=true"]),
-        (2, ["parallel.dp_replicate=1", "stage.micro_steps=24", "run.accept_changes=true"]),
-        (12, ["stage.micro_steps=4", "run.accept_changes=true"]),
-        (10, None),
+        (8, ["data.planned_ranks=8"]),
+        (2, ["parallel.dp_replicate=1", "data.planned_ranks=8"]),
+        (12, ["data.planned_ranks=8"]),
+        (10, ["parallel.dp_replicate=1", "data.planned_ranks=8"]),
         (3, None),
-        (20, None),
     ],
 )
 def test_fewer_ranks_keep_the_layout_and_the_update(ranks: int, overrides: list[str]) -> None:
@@ -121,7 +120,7 @@ def test_fewer_ranks_keep_the_layout_and_the_update(ranks: int, overrides: list[
 
 
 def test_allowed_layouts_are_tried_in_their_order() -> None:
-    job = dataclasses.replace(JOB, fixed_update=True)
+    job = dataclasses.replace(JOB, planned_ranks=5)
     allowed = ["tp=5", "tp=4,sp=true", "cp_ring=3", "tp=1"]
     four = ["parallel.tp=4", "parallel.dp_replicate=1", "parallel.sp=true"]
     assert choose(job, 8, allowed) == four
@@ -163,7 +162,7 @@ def attempt(
 
 def facts(here: dict[int, Member], *attempts: Attempt, patient: bool = True, **cfg: Any) -> Facts:
     config = LaunchConfig(**{"nodes": 2, **cfg})
-    job = Job(parallel=ParallelConfig(), world_size=config.nodes, fixed_update=True)
+    job = Job(parallel=ParallelConfig(), world_size=config.nodes, planned_ranks=2)
     return Facts(
         cfg=config,
         job=job,
@@ -236,17 +235,17 @@ def test_an_input_that_one_rank_refuses_stops_the_job_whatever_became_of_the_oth
     )
 
 
-def test_a_job_that_grows_back_may_change_its_micro_steps_back() -> None:
+def test_a_job_keeps_its_plan_while_it_is_smaller() -> None:
     over = attempt(0, [1, 2], {0: [-9]}, alarm={"why": "x"})
-    counted = dataclasses.replace(facts(members(1), over, min_nodes=1).job, fixed_update=False)
+    counted = dataclasses.replace(facts(members(1), over, min_nodes=1).job, planned_ranks=0)
     shrunk = decide(dataclasses.replace(facts(members(1), over, min_nodes=1), job=counted))
     assert isinstance(shrunk, Begin)
-    assert shrunk.plan.overrides == ["stage.micro_steps=2", "run.accept_changes=true"]
+    assert shrunk.plan.overrides == ["data.planned_ranks=2"]
     asked = attempt(1, [1], {0: [75]}, resize=True)
     asked.plan = shrunk.plan
     grown = decide(dataclasses.replace(facts(members(1, 3), over, asked), job=counted))
     assert isinstance(grown, Begin)
-    assert grown.plan.overrides == ["run.accept_changes=true"]
+    assert grown.plan.overrides == []
 
 
 def test_a_lost_machine_alarms_the_others_and_is_replaced_or_left_out() -> None:

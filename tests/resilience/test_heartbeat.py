@@ -31,6 +31,10 @@ def test_a_record_tells_what_was_marked(tmp_path: Path) -> None:
     assert first is not None
     assert (first.rank, first.node, first.pid, first.phase) == (5, 2, os.getpid(), "start")
     assert first.started == process_start(os.getpid())[1]
+    heart.resume(6)
+    resumed = read_beat(beat_path(tmp_path, 3, 5))
+    assert resumed is not None
+    assert (resumed.step, resumed.phase, resumed.cost) == (6, "start", 0.0)
     heart.beat(7, 1.5, busy_s=0.5, cost=2.0)
     heart.phase("data")
     heart.phase("forward", "17x256x256")
@@ -39,7 +43,7 @@ def test_a_record_tells_what_was_marked(tmp_path: Path) -> None:
     beat = read_beat(beat_path(tmp_path, 3, 5))
     assert beat is not None
     assert (beat.step, beat.micro_step, beat.phase, beat.bucket) == (7, 2, "forward", "33x256x256")
-    assert (beat.step_s, beat.busy, beat.cost, beat.marks) == (1.5, 0.5, 2.0, first.marks + 5)
+    assert (beat.step_s, beat.busy, beat.cost, beat.marks) == (1.5, 0.5, 2.0, first.marks + 6)
     assert first.time <= beat.time <= time.monotonic()
 
 

@@ -14,6 +14,9 @@ from fake_job import ROOT, descendants, events, finish, notes, poll, run
 from tiny_run import make_data, overrides, rows, run_verb
 
 from hunyuan_train.checkpoint.load import load_weights
+from hunyuan_train.cli.launch import VERBS
+from hunyuan_train.engine import launching
+from hunyuan_train.resilience.config import ResilienceConfig
 
 MEETING = """
 import torch, torch.distributed as dist
@@ -55,7 +58,7 @@ def test_ten_restarts_of_ten_meet_cleanly(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_fifty_restarts_of_fifty_meet_cleanly(tmp_path: Path) -> None:
     seconds = meet_again_and_again(tmp_path, 50)
     print(f"50 restarts in {seconds:.0f} s")
@@ -67,13 +70,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch_train(arguments: list[str], *fields: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hunyuan_train", "launch", "train", *arguments, *fields],
+    return launch_verb("train", arguments, *fields)
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_a_failed_test():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    STARTED.clear()
+
+
+def launch_verb(verb: str, arguments: list[str], *fields: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hunyuan_train", "launch", verb, *arguments, *fields],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def reached(run_dir: Path, step: int) -> bool:
@@ -107,6 +129,7 @@ def test_a_killed_rank_costs_seconds_and_the_result_is_that_of_a_quiet_run(
     code, text = finish(process, 120)
     assert code == 0, text
     assert seconds < 25, "on two busy cores; see docs/launch.md for the figure"
+    assert "certified by an earlier attempt" in (broken / "logs/attempt-1/rank-0.log").read_text()
     assert [row["step"] for row in rows(broken)] == list(range(1, 25))
     for which in ("model", "ema"):
         one, two = load_weights(quiet, which), load_weights(broken, which)
@@ -128,7 +151,7 @@ def test_training_shrinks_to_one_node_and_grows_back(data: Path, tmp_path: Path)
     step = poll(lambda: events(run_dir, "shrink") and rows(run_dir)[-1]["step"], "fewer", 60)
     poll(lambda: reached(run_dir, int(step) + 6), "steps on one node", 60)
     plan = json.loads((run_dir / "launch/plan-1.json").read_text())
-    assert plan["overrides"] == ["stage.micro_steps=2", "run.accept_changes=true"]
+    assert plan["overrides"] == ["data.planned_ranks=2"]
     second = launch_train(arguments, *fields)
     poll(lambda: events(run_dir, "grow"), "the return", 60)
     step = int(rows(run_dir)[-1]["step"])
@@ -145,6 +168,26 @@ def test_data_that_is_not_there_is_said_once_and_ends_with_2(data: Path, tmp_pat
     assert code == 2
     assert text.count(str(tmp_path / "nothing")) == 1, text
     assert len(events(tmp_path / "run", "attempt_start")) == 1
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_gap_between_two_stages_is_no_hang(data: Path, tmp_path: Path) -> None:
+    stages = "curriculum.stages=[demo_image,demo_video_short]"
+    fields = ("launch.ranks_per_node=2", "resilience.watchdog_s=5", "certify.at_start=false")
+    arguments = overrides(data, tmp_path, stages, "data.train_anchors=[64]", "stage.steps=3")
+    code, text = finish(launch_verb("curriculum", arguments, *fields), 120)
+    assert code == 0, text
+    assert [len(rows(stage)) for stage in sorted((tmp_path / "stages").iterdir())] == [3, 3]
+    assert not events(tmp_path, "detected")
+
+
+def test_only_verbs_that_write_heartbeats_are_watched() -> None:
+    cfg = ResilienceConfig(watchdog_s=5)
+    found = {verb: launching.watched(verb, cfg).watchdog_s for verb in VERBS}
+    assert found == {
+        "train": 5, "curriculum": 5, "train-vae": 0, "precompute": 0, "certify": 0
+    }  # fmt: skip
 
 
 def test_a_layout_that_the_model_cannot_take_is_refused_at_once(tmp_path: Path) -> None:

@@ -158,6 +158,36 @@ def of_another_attempt(path: Path) -> None:
     slot.close()
 
 
+def _go_back(rank: int, world: int, run: str) -> list[tuple[int, bool]]:
+    """Restore snapshots below a bound while more are being taken; return steps and exactness."""
+    snapshots = make(Path(run), rank, world)
+    found = []
+
+    def back(before: int) -> None:
+        live = state(rank, world, 0)
+        restored = snapshots.restore(live, before=before)
+        step = restored.step if restored else 0
+        found.append((step, same(live, state(rank, world, step))))
+
+    take_until(snapshots, rank, world, 1, 4)
+    assert snapshots.take(5, state(rank, world, 5), {"step": 5})
+    back(5)  # 5 is on its way, 4 is there
+    assert {part.step for _, part in stored_parts(folder(Path(run), rank))} == {4}
+    take_until(snapshots, rank, world, 5, 6)
+    back(6)
+    back(5)  # the other ones are gone
+    take_until(snapshots, rank, world, 2, 3)
+    back(4)
+    snapshots.close()
+    return found
+
+
+@pytest.mark.dist
+def test_a_run_that_goes_back_takes_the_newest_snapshot_before(tmp_path: Path) -> None:
+    expected = [(4, True), (5, True), (0, True), (3, True)]
+    assert run_distributed(_go_back, 2, str(tmp_path)) == [expected] * 2
+
+
 VALUES, HEADER = slots.PAGE + 8, 40
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from fake_job import descendants, events, finish, launch, notes, poll, run, runs
 
+from hunyuan_train.resilience.agent import Agent, Order
+from hunyuan_train.resilience.standby import Standby
+
 CRASH_ONCE = """
 note("argv", json.dumps([sys.argv, os.environ["MASTER_PORT"], world]))
 if attempt == 0:
@@ -342,6 +345,52 @@ def test_a_rank_that_hangs_is_killed_and_all_start_again(tmp_path: Path, nodes: 
     assert failure.startswith(f"rank 1 on node {nodes - 1} hung at step 19: rank 1"), failure
     kinds = {(e["fault"], e["rank"]) for e in events(tmp_path, "detected")}
     assert ("hang", 1) in kinds
+
+
+SLOW = """
+from hunyuan_train.resilience.heartbeat import Heartbeat
+with Heartbeat(run_dir, attempt, rank, node=node, stacks=False) as heart:
+    for step in range(1, 401):
+        for phase in ("data", "forward", "backward", "update"):
+            heart.phase(phase, "1x8x8")
+        time.sleep(0.01)
+        heart.beat(step, 0.01, busy_s=0.02 if rank == 1 else 0.01)
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_slow_rank_is_told_once_and_goes_on(tmp_path: Path, nodes: int) -> None:
+    fields = (f"nodes={nodes}", f"ranks_per_node={2 // nodes}", "watchdog_s=5")
+    jobs = [launch(tmp_path, SLOW, *fields) for _ in range(nodes)]
+    ended = [finish(job) for job in jobs]
+    assert [code for code, _ in ended] == [0] * nodes, ended
+    (found,) = events(tmp_path, "detected")
+    assert (found["fault"], found["rank"], found["node"]) == ("straggler", 1, nodes - 1)
+    assert found["slowness"] == pytest.approx(2, rel=0.05)
+    assert len(events(tmp_path, "attempt_start")) == 1
+    advice = [f"run `kill -9 {job.pid}` on" in text for job in jobs for _, text in ended]
+    assert sum(advice) == (nodes == 2), "the machine of the slow rank"
+
+
+def test_ranks_that_wait_for_an_import_that_hangs_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging_import.py").write_text("import time\ntime.sleep(300)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    standby = Standby(["hanging_import"])
+    order = Order(
+        attempt=0, node=0, nodes=1, ranks=2, address="127.0.0.1", port=1, argv=("nothing.py",)
+    )  # fmt: skip
+    agent = Agent(order, tmp_path, standby)
+    try:
+        assert agent.poll() == []
+        for rank in range(2):
+            agent.kill(rank, "It has not shown up.")
+        poll(lambda: agent.poll() or agent.ended, "the end", 20)
+        assert [failure.kind for failure in agent.failures] == ["hang", "hang"]
+        assert not standby.alive
+    finally:
+        standby.close()
 
 
 def test_a_preempted_node_ends_the_job_on_all_with_75(tmp_path: Path) -> None:

@@ -168,6 +168,21 @@ def test_allowances_follow_updates_that_are_rare_and_long(tmp_path: Path) -> Non
     assert allowance(None, replace(SETTINGS, watchdog_s=50)) == 500
 
 
+def test_a_rank_that_never_shows_up_is_to_blame_and_not_those_that_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    """It has a minute for its imports, however small ``watchdog_s`` is."""
+    monitor = Monitor(tmp_path, 0, range(2), SETTINGS)
+    Heartbeat(tmp_path, 0, 0, stacks=False).phase("collective")
+    now, verdicts = 0.0, []
+    while not verdicts and now < 100:
+        now += 0.5
+        verdicts = monitor.check(now)
+    assert 60 <= now <= 61
+    assert [(v.rank, v.kind) for v in verdicts] == [(1, Fault.hung), (0, Fault.waiting)]
+    assert "It has not shown up since it was started." in verdicts[0].sentence
+
+
 def test_stillness_does_not_count_while_the_monitor_itself_did_not_run(tmp_path: Path) -> None:
     marked(tmp_path, "forward", 5)
     monitor = Monitor(tmp_path, 0, [0], SETTINGS)

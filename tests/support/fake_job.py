@@ -60,10 +60,14 @@ def launch(run_dir: Path, body: str, *fields: str) -> subprocess.Popen[str]:
     )
 
 
+PATIENCE = 4
+"""Limits are meant for a quiet machine; a busy one may take this many times as long."""
+
+
 def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
     """Return exit code and messages of a job."""
     try:
-        _, text = process.communicate(timeout=timeout_s)
+        _, text = process.communicate(timeout=PATIENCE * timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         raise AssertionError(f"the job did not end; it said:\n{process.communicate()[1]}") from None
@@ -77,7 +81,7 @@ def run(run_dir: Path, body: str, *fields: str, timeout_s: float = 60) -> tuple[
 
 def poll(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
     """Wait until ``condition`` is true and return its value."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + PATIENCE * timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.01)
@@ -151,7 +155,6 @@ def main(run_dir: str, script: str, *fields: str) -> int:
         job=Job(
             parallel=ParallelConfig(),
             world_size=cfg.nodes * cfg.ranks_per_node,
-            fixed_update=True,
         ),
         run_dir=Path(run_dir),
         argv=(script,),

@@ -70,7 +70,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def poll(what: str, true: Callable[[], bool], timeout_s: float = 120) -> None:
+def poll(what: str, true: Callable[[], bool], timeout_s: float = 400) -> None:
     """Wait until ``true()``; fail with ``what`` after ``timeout_s`` seconds."""
     deadline = time.monotonic() + timeout_s
     while not true():

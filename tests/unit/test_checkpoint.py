@@ -358,6 +358,28 @@ def test_a_process_killed_while_saving_leaves_the_last_one_the_latest(two_saved:
     assert _names(two_saved) == ["step-00000010", "step-00000020", "step-00000030"]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_goes_back_finds_no_later_checkpoint_and_no_replay(tmp_path: Path, asynchronous: bool):
+    manager = _manager(tmp_path, asynchronous=asynchronous, every_steps=10)
+    manager.start()
+    for step in (10, 20, 30):
+        assert manager.save(step, _tensors(step), {"step": step})
+    manager.go_back(20)
+    assert _names(tmp_path) == ["step-00000010", *[f"step-000000{n}0.refused" for n in (2, 3)]]
+    assert not manager.replay_due(31)
+    assert not manager.replay_due(11)
+    live = _tensors(0)
+    found = manager.restore(live, replay=False)
+    assert found is not None
+    assert found.step == 10
+    assert _bits(live) == _bits(_tensors(10))
+    assert not manager.replay_due(11)
+    assert manager.save(20, _tensors(21), {})
+    manager.finish()
+    assert _names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030.refused"]
+    manager.close()
+
+
 def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path):
     manager = _manager(tmp_path, keep_last=2, keep_every=30)
     for step in (10, 20, 30, 40, 50, 60, 70):
