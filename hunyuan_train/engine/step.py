@@ -217,6 +217,9 @@ def train_step(
         x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum * batch.weight
+        if cfg.memory.fused_backward:  # the only micro-step, whose backward updates the weights
+            first = global_loss([loss.detach()], tokens, axes)
+            updates.refuse(state.guard.screen(first, torch.zeros_like(first), kind))
         heart.phase("backward", str(batch.bucket))
         updates.backward(loss / tokens, last=last)
         micro_steps.append(MicroStep.of(batch, loss.detach()))

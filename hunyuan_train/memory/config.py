@@ -35,6 +35,35 @@ class AttentionKernel(StrEnum):
     reference = "reference"
 
 
+class WeightType(StrEnum):
+    """What the trained weights are kept in between updates."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class StateType(StrEnum):
+    """What the moments of AdamW are kept in between updates."""
+
+    float32 = "float32"
+    int8 = "int8"
+
+
+class Place(StrEnum):
+    """Where something is kept between updates."""
+
+    device = "device"
+    host = "host"
+
+
+class AveragePlace(StrEnum):
+    """Where the moving average of the weights is kept, if there is one."""
+
+    device = "device"
+    host = "host"
+    off = "off"
+
+
 @dataclass(kw_only=True, slots=True)
 class MemoryConfig:
     """What is kept, recomputed or moved to the host, and which kernels compute it."""
@@ -65,6 +94,27 @@ class MemoryConfig:
 
     compile: bool = False
     """torch.compile of every block, its attention left as it is."""
+
+    weights: WeightType = WeightType.float32
+    """bfloat16 keeps no float32 weights: updates are rounded up or down at random, in proportion,
+    and so are right on average; the random numbers depend on seed, parameter, position and update
+    alone."""
+
+    optimizer_states: StateType = StateType.float32
+    """int8 keeps the moments of matrices as 8-bit codes with a scale per 256 values, a quarter of
+    float32; needs the package torchao."""
+
+    optimizer_device: Place = Place.device
+    """host keeps the moments in pinned memory; an update brings them to the device and back, piece
+    by piece, and computes the same numbers."""
+
+    fused_backward: bool = False
+    """Update every parameter inside the backward, as soon as its gradient is there, and free that.
+    On one rank, with one micro-step per update and optimizer.clip_norm=0."""
+
+    ema: AveragePlace = AveragePlace.device
+    """The float32 moving average of the weights: on the device, in pinned memory of the host, or
+    off; then checkpoints have none and readers take the weights themselves."""
 
     def __post_init__(self) -> None:
         """Check single fields.

@@ -5,14 +5,19 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from hunyuan_train.memory.config import MemoryConfig
+from hunyuan_train.optim.choices import ONE_MICRO_STEP, check_choices
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.config import OptimizerConfig
-from hunyuan_train.optim.groups import build_optimizer, optimizer_tensors, step_if_finite
-from hunyuan_train.optim.schedule import set_learning_rate
+from hunyuan_train.optim.fused_backward import FusedBackward
+from hunyuan_train.optim.groups import PlainAdamW, build_optimizer
+from hunyuan_train.optim.lean import LeanAdamW, needs_lean
 from hunyuan_train.parallel.apply import ParallelModel
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.gradients import finish_gradients
+from hunyuan_train.parallel.view import rows_view
 from hunyuan_train.parallel.zero import is_sharded, set_micro_step
+from hunyuan_train.runtime.dist import ranks_in_world
 
 
 class Updates(Protocol):
@@ -40,12 +45,16 @@ class Updates(Protocol):
         """Update unless the norm is not finite, drop the gradients; return 1.0 if skipped."""
         ...
 
+    def refuse(self, norm: Tensor) -> None:
+        """Before a backward that updates: leave the weights alone where ``norm`` is not finite."""
+        ...
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next update."""
         ...
 
     def local_weights(self) -> dict[str, Tensor]:
-        """Return this rank's live parts of the float32 weights, maybe empty, by name."""
+        """Return this rank's live parts of the weights, maybe empty, by name."""
         ...
 
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
@@ -69,20 +78,37 @@ class TorchUpdates:
     """AdamW over plain or ``fully_shard`` parameters; see ``Updates``."""
 
     def __init__(
-        self, model: ParallelModel, parallel: ParallelConfig, optimizer: OptimizerConfig
+        self,
+        model: ParallelModel,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        memory: MemoryConfig,
+        seed: int,
     ) -> None:
         self.module = model.module
         self._model, self._parallel = model, parallel
-        self._optimizer = build_optimizer(model.module, optimizer)
         tp = model.axes.size("tp")
-        named = list(model.module.named_parameters())
-        self._params = [p for _, p in named]
-        self._cuts = [tp if name in model.slices else 1 for name, _ in named]
+        self._named = dict(model.module.named_parameters())
+        self._cuts = [tp if name in model.slices else 1 for name in self._named]
         # fully_shard averages over its ranks; gradients here are sums.
         self._loss_factor = model.axes.size("grads") if is_sharded(model.module) else 1
+        self._in_backward: FusedBackward | None = None
+        if not needs_lean(memory):
+            self._rule = PlainAdamW(model.module, optimizer)
+            return
+        trainable = {name: p for name, p in self._named.items() if p.requires_grad}
+        self._rule = LeanAdamW(trainable, optimizer, memory, seed)
+        if memory.fused_backward:
+            self._in_backward = FusedBackward(trainable, self._rule.update)
 
     def start_micro_step(self, *, last: bool) -> None:
-        """Tell the sharding when to reduce."""
+        """Tell the sharding when to reduce.
+
+        Raises:
+            ValueError: updates happen in the backward, and this is not the only one.
+        """
+        if self._in_backward is not None and not last:
+            raise ValueError(ONE_MICRO_STEP)
         set_micro_step(self.module, self._parallel, last)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -91,37 +117,42 @@ class TorchUpdates:
 
     def clip(self, max_norm: float) -> Tensor:
         """Finish the sums over ranks, clip, and return the global norm before clipping."""
+        if self._in_backward is not None:
+            return self._in_backward.norm()
         finish_gradients(self._model)
-        return clip_grad_norm(self._params, max_norm, self._cuts)
+        return clip_grad_norm(self._named.values(), max_norm, self._cuts)
 
     def step(self, norm: Tensor) -> Tensor:
         """Update unless the norm is not finite, drop the gradients; return 1.0 if skipped."""
-        skipped = step_if_finite(self._optimizer, norm)
-        self._optimizer.zero_grad(set_to_none=True)
-        return skipped
+        return self._rule.step(norm)
+
+    def refuse(self, norm: Tensor) -> None:
+        """Leave the weights alone in the next backward where ``norm`` is not finite."""
+        if self._in_backward is not None:
+            self._in_backward.refuse(norm)
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next update."""
-        set_learning_rate(self._optimizer, lr)
+        self._rule.set_learning_rate(lr)
 
     def local_weights(self) -> dict[str, Tensor]:
         """Return the live parameters."""
-        return {name: p.detach() for name, p in self.module.named_parameters()}
+        return {name: p.detach() for name, p in self._named.items()}
 
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
-        """Return the live moments and step counts."""
-        return optimizer_tensors(self._optimizer)
+        """Return the live moments and step counts; those without a DTensor are local rows."""
+        return self._rule.tensors()
 
     def view(self, name: str, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` as boxes of the whole if tensor parallelism cut it, else as it is."""
-        return self._model.view(name, tensor)
+        """Return ``tensor`` as boxes of the whole if it is a part that does not say so itself."""
+        return self._model.view(name, rows_view(tensor, self._named[name]))
 
     def weights_changed(self) -> None:
         """Do nothing: the parameters are the weights."""
 
     def local_gradients(self) -> dict[str, Tensor]:
         """Return the live gradients, plain or DTensor."""
-        return {n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}
+        return {n: p.grad for n, p in self._named.items() if p.grad is not None}
 
 
 def viewed(updates: Updates, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,17 +161,30 @@ def viewed(updates: Updates, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def build_updates(
-    model: ParallelModel, parallel: ParallelConfig, optimizer: OptimizerConfig
+    model: ParallelModel,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    memory: MemoryConfig | None = None,
+    seed: int = 0,
 ) -> Updates:
     """Return the updates of the engine that ``parallel.zero_engine`` names.
 
     The weights may have no values yet: fill them afterwards.
 
+    Args:
+        model: The model, laid out with the same ``parallel`` and ``memory``.
+        parallel: Which engine.
+        optimizer: Hyperparameters.
+        memory: What weights and moments are kept in; all float32 on the device by default.
+        seed: Of the run, for rounding at random.
+
     Raises:
-        ValueError: the engine is not installed.
+        ValueError: the engine or another package is not installed, or choices do not go together.
     """
+    memory = memory or MemoryConfig()
+    check_choices(memory, optimizer, parallel, 1 if model.axes.mesh is None else ranks_in_world())
     if parallel.zero_engine is ZeroEngine.torch:
-        return TorchUpdates(model, parallel, optimizer)
+        return TorchUpdates(model, parallel, optimizer, memory, seed)
     from hunyuan_train.parallel.engines.deepspeed_build import build_deepspeed
 
     return build_deepspeed(

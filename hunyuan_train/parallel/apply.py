@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from hunyuan_train.memory.config import MemoryConfig
+from hunyuan_train.memory.config import MemoryConfig, WeightType
 from hunyuan_train.memory.recompute import apply_recompute, may_keep_attention
 from hunyuan_train.models.spec import ShardingPlan
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
@@ -55,6 +55,8 @@ def parallelize(
     """
     check_divisors(plan, cfg)
     check_recompute(memory, cfg)
+    if memory is not None and memory.weights is WeightType.bfloat16:
+        model.bfloat16()
     slices, partial = apply_tensor(model, plan, axes, cfg)
     apply_context(model, plan, axes, keep_attention=may_keep_attention(memory))
     if memory is not None:

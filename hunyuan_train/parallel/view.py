@@ -169,6 +169,40 @@ def _shard_boxes(tensor: Tensor, slices: Slices) -> tuple[Tensor, dict[torch.Siz
     return local, {torch.Size(box.whole): live(box) for box in row_boxes(slices, start, stop)}
 
 
+def first_row(param: Tensor) -> int:
+    """Return which row of a parameter this rank's part begins with; 0 for a plain tensor.
+
+    Raises:
+        ValueError: A DTensor is not cut by rows alone.
+    """
+    if not isinstance(param, DTensor) or not param.ndim:
+        return 0
+    if not all(_cuts_rows_only(placement) for placement in param.placements):
+        raise ValueError(f"a DTensor placed {param.placements} is not cut by rows alone")
+    _, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return offset[0]
+
+
+def rows_view(rows: Tensor, param: Tensor) -> Tensor:
+    """View a plain tensor that has a row for every row of ``param`` on this rank as the whole.
+
+    It may lie on another device and have other columns. What belongs to a plain parameter, and
+    scalars, are whole as they are.
+    """
+    if not isinstance(param, DTensor) or isinstance(rows, DTensor) or not rows.ndim:
+        return rows
+    shape = torch.Size([param.shape[0], *rows.shape[1:]])
+    offset = torch.Size([first_row(param)] + [0] * (rows.ndim - 1))
+    empty = shape.numel() == 0
+    if rows.numel() or empty:
+        boxes = {torch.Size([0] * rows.ndim) if empty else offset: rows.detach()}
+    else:
+        boxes = {}
+    return WholeView(shape, boxes, rows.detach())
+
+
 def _cuts_rows_only(placement: Any) -> bool:
     # Subclasses of Shard deal the rows out in another order.
     return isinstance(placement, Replicate) or (type(placement) is Shard and placement.dim == 0)

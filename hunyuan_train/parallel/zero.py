@@ -12,12 +12,13 @@ from hunyuan_train.parallel.mesh import Axes
 def apply_zero(model: nn.Module, plan: ShardingPlan, axes: Axes, cfg: ParallelConfig) -> nn.Module:
     """Shard ``model`` over dp_shard x cp in place, each repeated unit on its own, and return it.
 
-    Without bfloat16, one rank needs neither shards nor casts, so it is left as it is, and so is a
-    model that every rank keeps whole (``zero_stage`` 0). Parameters stay float32 master weights;
-    with ``compute_dtype`` bfloat16 the gathered copies are bfloat16.
+    One rank whose weights are what it computes with needs neither shards nor casts, so it is left
+    as it is, and so is a model that every rank keeps whole (``zero_stage`` 0). Float32 parameters
+    stay master weights; with ``compute_dtype`` bfloat16 the gathered copies are bfloat16.
     """
     compute = getattr(torch, cfg.compute_dtype)
-    if cfg.zero_stage == 0 or (axes.size("grads") == 1 and compute is not torch.bfloat16):
+    casts = compute is torch.bfloat16 and any(p.dtype is not compute for p in model.parameters())
+    if cfg.zero_stage == 0 or (axes.size("grads") == 1 and not casts):
         return model
     reduce = getattr(torch, cfg.reduce_dtype)
     policy = MixedPrecisionPolicy(

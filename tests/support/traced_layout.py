@@ -16,7 +16,7 @@ from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.ema import Ema
-from hunyuan_train.optim.updates import TorchUpdates
+from hunyuan_train.optim.updates import build_updates
 from hunyuan_train.parallel.apply import parallelize
 from hunyuan_train.parallel.config import ParallelConfig
 from hunyuan_train.parallel.mesh import build_axes
@@ -60,7 +60,7 @@ def traced(
         _order_tokens(module, grid, txt_tokens)
         with fake, live:
             live.add(module.parameters())
-            updates = TorchUpdates(laid_out, parallel, OptimizerConfig())
+            updates = build_updates(laid_out, parallel, OptimizerConfig())
             average = Ema(module, OptimizerConfig(), updates.local_weights())
             states = live.live_bytes
             dtype = getattr(torch, parallel.compute_dtype)

@@ -127,6 +127,9 @@ class DeepSpeedUpdates:
         self._step_count += 1.0 - skipped.to(self._step_count.device)
         return skipped
 
+    def refuse(self, norm: Tensor) -> None:
+        """Do nothing: no backward updates."""
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next updates."""
         for group in self._adam.param_groups:
