@@ -326,7 +326,7 @@ def split_figures(device: str, shape: tuple[int, ...], repeats: int) -> dict[str
                     ),
                 )
             del merged, shares
-    return assemble(times, errors, choose_backend(q, False).name)
+    return assemble(times, errors, choose_backend(q, k, False).name)
 
 
 def assemble(

@@ -3,12 +3,21 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from hunyuan_train.parallel import local_attention as local
-from hunyuan_train.parallel.local_attention import attend, attend_backward
+from hunyuan_train.parallel import attention_kernels as kernels
+from hunyuan_train.parallel.attention_choice import AttentionChoice, attention_fixed
+from hunyuan_train.parallel.key_layout import key_layout
+from hunyuan_train.parallel.local_attention import (
+    BACKENDS,
+    attend,
+    attend_backward,
+    choose_backend,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+REFERENCE = AttentionChoice(dict.fromkeys((False, True), "reference"))
 ANY_DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
@@ -65,9 +74,9 @@ def test_cpu_attention_is_the_definition(dtype: torch.dtype, masked: bool) -> No
 def test_reference_is_the_definition_in_pieces(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool
 ) -> None:
-    monkeypatch.setattr(local, "CPU", local.REFERENCE)
-    monkeypatch.setattr(local, "REFERENCE_SCORES", 2 * 3 * 53 * 5)  # five queries at a time
-    check_against_definition(dtype, masked)
+    monkeypatch.setattr(kernels, "REFERENCE_SCORES", 2 * 3 * 53 * 5)  # five queries at a time
+    with attention_fixed(REFERENCE):
+        check_against_definition(dtype, masked)
 
 
 @pytest.mark.gpu
@@ -85,7 +94,8 @@ def test_reference_is_the_definition_in_pieces(
 def test_cuda_attention_is_the_definition(
     dtype: torch.dtype, names: tuple[str, str], masked: bool
 ) -> None:
-    assert local.choose_backend(heads(1, 1, dtype, 0, "cuda"), masked).name == names[masked]
+    q = heads(1, 1, dtype, 0, "cuda")
+    assert choose_backend(q, q, masked).name == names[masked]
     check_against_definition(dtype, masked, "cuda")
 
 
@@ -120,9 +130,9 @@ def test_a_sample_without_keys_has_no_part_on_cuda(dtype: torch.dtype) -> None:
     check_absent_keys(dtype, "cuda")
 
 
-def test_reference_gives_a_sample_without_keys_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "CPU", local.REFERENCE)
-    check_absent_keys(torch.float32)
+def test_reference_gives_a_sample_without_keys_no_part() -> None:
+    with attention_fixed(REFERENCE):
+        check_absent_keys(torch.float32)
 
 
 def test_no_keys_at_all_never_reach_a_kernel() -> None:
@@ -164,21 +174,72 @@ def test_inputs_may_have_any_strides() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_cuda_calls_match_the_schemas_of_the_kernels() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (kernels.FLASH, torch.bfloat16),
+        (kernels.CUDNN, torch.bfloat16),
+        (kernels.EFFICIENT, torch.bfloat16),
+        (kernels.EFFICIENT, torch.float32),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_cuda_calls_match_the_schemas_of_the_kernels(
+    backend: kernels.Backend, dtype: torch.dtype, masked: bool
+) -> None:
     """Without a GPU: shapes and arguments against torch's meta kernels."""
-    for backend, dtype, masked in (
-        (local.FLASH, torch.bfloat16, False),
-        (local.EFFICIENT, torch.bfloat16, True),
-        (local.EFFICIENT, torch.float32, False),
-    ):
-        q, k = (torch.empty(2, 3, rows, 16, dtype=dtype, device="meta") for rows in (37, 53))
-        mask = torch.ones(2, 53, dtype=torch.bool, device="meta") if masked else None
-        bias, _ = local._key_bias(mask, dtype)
-        if bias is not None:
-            assert bias.shape == (2, 1, 1, 53)
-            assert bias.stride(0) == 64  # rows aligned to 16 values
-        out, lse = backend.forward(q, k, k, bias)
-        assert out.shape == q.shape
-        assert lse.shape == (2, 3, 37)
-        grads = backend.backward(q, q, k, k, bias, out, lse)
-        assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
+    q, k = (torch.empty(2, rows, 3, 16, dtype=dtype, device="meta") for rows in (37, 53))
+    layout = key_layout(torch.ones(2, 53, dtype=torch.bool, device="meta") if masked else None)
+    out, lse = backend.forward(q, k, k, layout)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 3, 37)
+    grads = backend.backward(q, q, k, k, layout, out, lse)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
+
+
+def test_bias_rows_are_aligned() -> None:
+    layout = key_layout(torch.ones(2, 53, dtype=torch.bool))
+    assert layout is not None
+    assert layout.bias(torch.bfloat16).shape == (2, 1, 1, 53)
+    assert layout.bias(torch.bfloat16).stride(0) == 64  # efficient attention reads 16 at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "dtype", "width", "reason"),
+    [
+        ("flash", (8, 0), torch.bfloat16, 128, None),
+        ("flash", (7, 5), torch.bfloat16, 128, "compute capability 8.0 or more, not 7.5"),
+        ("flash", (9, 0), torch.float32, 128, "takes bfloat16 or float16, not float32"),
+        ("flash", (9, 0), torch.float16, 100, "head sizes 8, 16, .. 256, not 100"),
+        ("flash", (8, 9), torch.float16, 256, "head sizes 8, 16, .. 192, not 256"),
+        ("cudnn", (9, 0), torch.bfloat16, 128, None),
+        ("cudnn", (9, 0), torch.bfloat16, 256, "head sizes 8, 16, .. 128, not 256"),
+        ("efficient", (7, 0), torch.float32, 512, None),
+        ("efficient", (9, 0), torch.float64, 128, "not float64"),
+        ("reference", (5, 0), torch.float64, 7, None),
+        ("cpu", (9, 0), torch.float32, 128, "needs a CPU, not cuda"),
+    ],
+)
+def test_kernels_say_what_they_do_not_take(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    found: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(kernels, "capability", lambda device: found)
+    with FakeTensorMode():
+        q = torch.empty(1, 8, 2, width, dtype=dtype, device="cuda")
+        refusal = BACKENDS[name].refuses(q, q, True)
+    assert (refusal is None) if reason is None else (reason in (refusal or ""))
+
+
+def test_cudnn_is_not_given_a_single_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        q, one = (torch.empty(1, n, 2, 64, dtype=torch.bfloat16, device="cuda") for n in (8, 1))
+        assert kernels.CUDNN.takes(q, q, False)
+        assert not kernels.CUDNN.takes(q, one, False)
+        assert not kernels.CUDNN.takes(one, q, False)
