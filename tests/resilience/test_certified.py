@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hunyuan_train.config.compose import compose_config
+from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine import certified
 from hunyuan_train.engine.certified import is_certified, remember
 from hunyuan_train.runtime.dist import World
@@ -21,9 +22,9 @@ def test_only_a_restart_with_the_very_same_proof_is_certified(
     cfg = compose_config(["run.dir=nowhere"])
     wider = compose_config(["run.dir=nowhere", "parallel.tp=2"])
 
-    def known(attempt: int, of: object = cfg, world: World = WORLD) -> bool:
+    def known(attempt: int, of: RunConfig = cfg, world: World = WORLD) -> bool:
         monkeypatch.setenv("HUNYUAN_ATTEMPT", str(attempt))
-        return is_certified(of, world)  # type: ignore[arg-type]
+        return is_certified(of, world)
 
     assert not known(1)
     remember(cfg, replace(WORLD, rank=1))
