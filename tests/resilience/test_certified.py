@@ -44,3 +44,20 @@ def test_only_a_restart_with_the_very_same_proof_is_certified(
     (tmp_path / "changed.py").touch()
     monkeypatch.setattr(certified, "_SOURCE", tmp_path)
     assert not known(2), "other code"
+
+
+@pytest.mark.parametrize("content", [b"", b'["cut', b"\xff", b"{}", b"[1]"])
+def test_a_damaged_file_is_no_proof_and_is_written_anew(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+) -> None:
+    monkeypatch.setenv("HUNYUAN_JOB_FOLDER", str(tmp_path))
+    monkeypatch.setenv("HUNYUAN_ATTEMPT", "1")
+    cfg = compose_config(["run.dir=nowhere"])
+    (tmp_path / certified.FILE_NAME).write_bytes(content)
+    assert not is_certified(cfg, WORLD)
+    assert f"{tmp_path / certified.FILE_NAME} cannot be used" in caplog.text
+    remember(cfg, WORLD)
+    assert is_certified(cfg, WORLD)
