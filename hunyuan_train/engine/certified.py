@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from hunyuan_train.runtime.dist import World, gather_objects
 from hunyuan_train.runtime.env import read_attempt, read_job_folder
 
 FILE_NAME = "certified.json"
+
+log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).resolve().parents[1]
 
@@ -52,4 +55,13 @@ def _path(cfg: RunConfig) -> Path:
 
 def _read(cfg: RunConfig) -> list[str]:
     path = _path(cfg)
-    return json.loads(path.read_text()) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        keys = json.loads(path.read_bytes())
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("it is not a list of hashes")
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be used, so layouts are proved again: %s", path, error)
+        return []
+    return keys

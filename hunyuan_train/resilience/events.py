@@ -61,8 +61,10 @@ class EventKind(StrEnum):
 class Events:
     """Appends to the events of a run; any process of any attempt may, at the same time.
 
-    A line is one ``write`` in append mode, which local file systems do not interleave. On a network
-    file system two nodes can damage each other's line; readers skip it.
+    A line is one ``write`` in append mode, which local file systems do not interleave. No lock is
+    held, because a stopped process would stop all others with it: a writer that looks at the end
+    while the line of another is on its way may leave an empty line, and on a network file system
+    two nodes can damage each other's line. Readers skip both.
     """
 
     def __init__(

@@ -1,21 +1,17 @@
 """Preemption: a signal asks for a checkpoint and an early end, and all ranks agree on the step."""
 
-import logging
 import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hunyuan_train.resilience.config import ResilienceConfig
+from hunyuan_train.resilience.signals import SignalHandler
 
-log = logging.getLogger(__name__)
 
-
-class Preemption:
+class Preemption(SignalHandler):
     """Catches the signals of ``cfg`` between entering and leaving; a context manager.
 
     A signal reaches the ranks at different moments. Acting on the local flag would let one rank
@@ -32,34 +28,13 @@ class Preemption:
             group: Group that :meth:`requested` reduces over, best one with a CPU backend; None is
                 the default group.
         """
-        self._signals = [signal.Signals[name] for name in cfg.preemption_signals]
+        super().__init__(cfg.preemption_signals)
         self._group = group
-        self._previous: dict[signal.Signals, Any] = {}
         self._received: str | None = None
         self._agreed = False
 
-    def __enter__(self) -> "Preemption":
-        """Install the handlers; outside the main thread Python allows none."""
-        if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
-                self._previous[number] = signal.signal(number, self._on_signal)
-        else:
-            log.warning("not in the main thread: preemption signals are not caught")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Restore the handlers that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only a flag: a handler may interrupt any line, also one that holds the logging lock.
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Set a flag, no more: this may interrupt a line that holds the logging lock."""
         self._received = signal.Signals(number).name
 
     @property

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hunyuan_train.config.compose import compose_config
+from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine import certified
 from hunyuan_train.engine.certified import is_certified, remember
 from hunyuan_train.runtime.dist import World
@@ -21,9 +22,9 @@ def test_only_a_restart_with_the_very_same_proof_is_certified(
     cfg = compose_config(["run.dir=nowhere"])
     wider = compose_config(["run.dir=nowhere", "parallel.tp=2"])
 
-    def known(attempt: int, of: object = cfg, world: World = WORLD) -> bool:
+    def known(attempt: int, of: RunConfig = cfg, world: World = WORLD) -> bool:
         monkeypatch.setenv("HUNYUAN_ATTEMPT", str(attempt))
-        return is_certified(of, world)  # type: ignore[arg-type]
+        return is_certified(of, world)
 
     assert not known(1)
     remember(cfg, replace(WORLD, rank=1))
@@ -43,3 +44,20 @@ def test_only_a_restart_with_the_very_same_proof_is_certified(
     (tmp_path / "changed.py").touch()
     monkeypatch.setattr(certified, "_SOURCE", tmp_path)
     assert not known(2), "other code"
+
+
+@pytest.mark.parametrize("content", [b"", b'["cut', b"\xff", b"{}", b"[1]"])
+def test_a_damaged_file_is_no_proof_and_is_written_anew(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+) -> None:
+    monkeypatch.setenv("HUNYUAN_JOB_FOLDER", str(tmp_path))
+    monkeypatch.setenv("HUNYUAN_ATTEMPT", "1")
+    cfg = compose_config(["run.dir=nowhere"])
+    (tmp_path / certified.FILE_NAME).write_bytes(content)
+    assert not is_certified(cfg, WORLD)
+    assert f"{tmp_path / certified.FILE_NAME} cannot be used" in caplog.text
+    remember(cfg, WORLD)
+    assert is_certified(cfg, WORLD)

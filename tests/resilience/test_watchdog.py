@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from watched_ranks import BUCKET, SETTINGS, Ranks
@@ -204,7 +205,9 @@ def test_a_pid_that_belongs_to_another_process_now_is_a_dead_rank(tmp_path: Path
     marked(tmp_path, "forward", 1)
     monitor, path = Monitor(tmp_path, 0, [0], SETTINGS), beat_path(tmp_path, 0, 0)
     data = bytearray(path.read_bytes())
-    at = data.index(read_beat(path).started.to_bytes(8, "little"))  # type: ignore[union-attr]
+    beat = read_beat(path)
+    assert beat is not None
+    at = data.index(beat.started.to_bytes(8, "little"))
     data[at] ^= 1
     path.write_bytes(data)
     assert [verdict.kind for verdict in monitor.check()] == [Fault.dead]  # and was sent no signal
@@ -216,12 +219,12 @@ def test_nothing_is_watched_without_watchdog_s(tmp_path: Path) -> None:
     assert [judge(monitor.observe(now)) for now in (2e6, 3e6)] == [[], []]
 
 
-def state(rank: int, step: int, place: int, still: float, **changes: object) -> RankState:
+def state(rank: int, step: int, place: int, still: float, **changes: Any) -> RankState:
     base = RankState(
         rank=rank, progress=(step, 1, place, False), step=step, phase="forward", bucket=BUCKET,
         still_s=still, limit_s=5.0,
     )  # fmt: skip
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)
 
 
 def blamed(states: list[RankState]) -> list[int]:
