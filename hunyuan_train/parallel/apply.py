@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from hunyuan_train.memory.compiling import apply_compile
 from hunyuan_train.memory.config import MemoryConfig, WeightType
 from hunyuan_train.memory.recompute import apply_recompute, may_keep_attention
 from hunyuan_train.models.spec import ShardingPlan
@@ -51,15 +52,18 @@ def parallelize(
     Without ``memory`` blocks keep for their backward all that autograd saves.
 
     Raises:
-        ValueError: heads or hidden units cannot be divided so, or a package is missing.
+        ValueError: heads or hidden units cannot be divided so, options exclude each other, or a
+            package is missing.
     """
     check_divisors(plan, cfg)
     check_recompute(memory, cfg)
+    check_compile(memory, cfg)
     if memory is not None and memory.weights is WeightType.bfloat16:
         model.bfloat16()
     slices, partial = apply_tensor(model, plan, axes, cfg)
     apply_context(model, plan, axes, keep_attention=may_keep_attention(memory))
     if memory is not None:
+        apply_compile(model, plan, memory)
         apply_recompute(model, plan, memory)
     if cfg.zero_engine is ZeroEngine.torch:
         apply_zero(model, plan, axes, cfg)
@@ -100,6 +104,27 @@ def check_recompute(memory: MemoryConfig | None, cfg: ParallelConfig) -> None:
             f"memory.recompute_of={memory.recompute_of} beside memory.recompute="
             f"{memory.recompute.value} needs parallel.zero_engine=torch or a zero_stage below 3: "
             "with DeepSpeed's stage 3 all ranks do the same; leave memory.recompute_of empty"
+        )
+
+
+def check_compile(memory: MemoryConfig | None, cfg: ParallelConfig) -> None:
+    """Check that nothing inside a block sends or gathers but its attention core.
+
+    Raises:
+        ValueError: the linears of tensor parallelism, or of DeepSpeed's stage 3.
+    """
+    if memory is None or not memory.compile:
+        return
+    if cfg.tp > 1:
+        raise ValueError(
+            f"memory.compile=true cannot compile linears that send, as with parallel.tp={cfg.tp}; "
+            "set memory.compile=false, or parallel.tp=1 and cut the sequence instead"
+        )
+    if cfg.zero_engine is ZeroEngine.deepspeed and cfg.zero_stage == 3:
+        raise ValueError(
+            "memory.compile=true cannot compile linears that are gathered one by one, as with "
+            "parallel.zero_engine=deepspeed and parallel.zero_stage=3; set memory.compile=false "
+            "or parallel.zero_engine=torch"
         )
 
 
