@@ -217,6 +217,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     return Manifest.read(find_checkpoint(folder))
 
 
+def section_to_read(path: Path, stored: Mapping[str, Any], wanted: str) -> str:
+    """Return the section to read for ``wanted``: of a run with memory.ema=off its weights."""
+    if wanted == "ema" and stored and not any(name.startswith("ema/") for name in stored):
+        log.info("%s was trained without a moving average: its weights are taken", path)
+        return "model"
+    return wanted
+
+
 def load_weights(
     folder: str | Path, which: str = "ema", *, verify: bool = True
 ) -> dict[str, Tensor]:
@@ -224,7 +232,8 @@ def load_weights(
 
     Args:
         folder: Run folder, checkpoints folder or ``step-...`` folder.
-        which: Section to read, "ema" or "model".
+        which: Section to read, "ema" or "model"; the weights stand in for an average that a run
+            did not keep.
         verify: Compare the files with their hashes first.
 
     Raises:
@@ -233,6 +242,7 @@ def load_weights(
     path, ranks = find_checkpoint(folder), Ranks(alone=True)
     _inspected(path, ranks, hashes=verify)
     stored = stored_tensors(path)
+    which = section_to_read(path, stored, which)
     flat = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
@@ -257,7 +267,8 @@ def restore_into(
     """Fill tensors in place from some sections of a checkpoint.
 
     Every rank calls it. Types are converted, shapes must agree. It serves the step from one stage
-    to the next, where only weights are carried over.
+    to the next, where only weights are carried over. For an average that the run did not keep its
+    weights are taken.
 
     Args:
         folder: Run folder, checkpoints folder or ``step-...`` folder.
@@ -287,7 +298,7 @@ def restore_into(
         check_identity(path, manifest.identity, identity)
     stored = stored_tensors(path)
     for name, value in tensors.items():
-        source = (sections or {}).get(name, name)
+        source = section_to_read(path, stored, (sections or {}).get(name, name))
         flat = flatten({source: value})
         chosen = {n: entry for n, entry in stored.items() if n.startswith(f"{source}/")}
         check_tensors(path, chosen, flat, dtypes=False)

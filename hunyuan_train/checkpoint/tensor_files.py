@@ -14,7 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hunyuan_train.checkpoint.load import find_checkpoint, read_tensors, stored_tensors
+from hunyuan_train.checkpoint.load import (
+    find_checkpoint,
+    read_tensors,
+    section_to_read,
+    stored_tensors,
+)
 from hunyuan_train.checkpoint.ranks import Ranks
 
 # safetensors names of the types a released or trained model is stored in.
@@ -111,10 +116,12 @@ class CheckpointSource:
 
     def __init__(self, folder: Path, *, ema: bool) -> None:
         self.folder = find_checkpoint(folder)
-        self._section = "ema/" if ema else "model/"
+        stored = stored_tensors(self.folder)
+        wanted = "ema" if ema else "model"
+        self._section = section_to_read(self.folder, stored, wanted) + "/"
         self.infos = {
             name.removeprefix(self._section): TensorInfo(tuple(e.size), e.properties.dtype)
-            for name, e in stored_tensors(self.folder).items()
+            for name, e in stored.items()
             if name.startswith(self._section)
         }
 

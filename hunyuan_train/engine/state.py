@@ -29,11 +29,11 @@ class TrainState:
     tokens: int = 0
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return the live weights and their average as parts of the whole model."""
-        return {
-            "model": viewed(self.updates, self.updates.local_weights()),
-            "ema": viewed(self.updates, self.ema.state_dict()),
-        }
+        """Return the live weights and their average, if any, as parts of the whole model."""
+        weights = {"model": viewed(self.updates, self.updates.local_weights())}
+        if average := self.ema.state_dict():
+            weights["ema"] = viewed(self.updates, average)
+        return weights
 
     def tensors(self) -> dict[str, Any]:
         """Return all live tensors to save; filling them in place restores the state."""

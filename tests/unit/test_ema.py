@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hunyuan_train.memory.config import AveragePlace
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.ema import Ema
 
@@ -113,3 +114,29 @@ def test_a_state_of_another_model_is_refused():
         )
     with pytest.raises(ValueError, match=r"0\.bias has shape \(6,\), the model needs \(5,\)"):
         ema.load_state_dict({**state, "0.bias": torch.zeros(6)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_host_it_is_the_same_to_the_bit(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr("hunyuan_train.optim.ema._PIECE", 8)
+    model, cfg = _model(dtype), OptimizerConfig(ema_decay=0.9)
+    beside, away = Ema(model, cfg), Ema(model, cfg, place=AveragePlace.host)
+    for step in range(4):
+        _change(model, step)
+        beside.update(step)
+        away.update(step)
+    for name, tensor in beside.state_dict().items():
+        assert torch.equal(away.state_dict()[name], tensor)
+    with away.swap():
+        assert torch.equal(model[0].weight, beside.state_dict()["0.weight"].to(dtype))
+
+
+def test_without_an_average_the_weights_stand_in():
+    model = _model()
+    ema = Ema(model, OptimizerConfig(), place=AveragePlace.off)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    ema.update(0)
+    ema.reset()
+    assert ema.state_dict() == {}
+    with ema.swap():
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
