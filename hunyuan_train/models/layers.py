@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hunyuan_kernels import gelu_linear2, norm_modulate
 from hunyuan_train.models.shapes import (
     Heads,
     ImgTokens,
@@ -100,22 +101,6 @@ class Modulation(nn.Module):
         return [Shift(*parts[3 * i : 3 * i + 3]) for i in range(self.triples)]
 
 
-def modulated_norm(x: JointTokens, shift: Vec, scale: Vec) -> JointTokens:
-    """Return LayerNorm(x) * (1 + scale) + shift, eps 1e-6, the same for all tokens of a sample."""
-    if x.shape[0] == 1:
-        # With one sample, scale and shift are an ordinary affine: one fused pass, and the
-        # normalised tokens need not be kept for the backward.
-        weight, bias = (1.0 + scale[0]).to(x.dtype), shift[0].to(x.dtype)
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
-    normed = functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift[:, None], normed, 1.0 + scale[:, None])
-
-
-def gated_add(x: JointTokens, gate: Vec, branch: JointTokens) -> JointTokens:
-    """Return x + gate * branch, the gate broadcast over tokens."""
-    return torch.addcmul(x, gate[:, None], branch)
-
-
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over the channels of a head, in float32, with a learned weight [E].
 
@@ -174,6 +159,16 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class GeluLinear(nn.Linear):
+    """A linear over two inputs side by side, the second through a tanh GELU first."""
+
+    def forward(self, input: Tensor, mlp: Tensor | None = None) -> Tensor:
+        """Map [..., D] and [..., M] to [..., F]; alone, ``input`` is [..., D + M], GELU done."""
+        if mlp is None:
+            return super().forward(input)
+        return gelu_linear2(input, mlp, self.weight, self.bias)
+
+
 class PatchEmbed(nn.Module):
     """Cut [B, C, T, H, W] into (pt, ph, pw) patches and project each to D channels.
 
@@ -224,4 +219,4 @@ class FinalLayer(nn.Module):
     def forward(self, img: ImgTokens, vec: Vec) -> Patches:
         """Map [B, N, D] to [B, N, F]."""
         shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
-        return self.linear(modulated_norm(img, shift, scale))
+        return self.linear(norm_modulate(img, shift, scale, NORM_EPS))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hunyuan_kernels import lse_merge
 from hunyuan_train.models.kept import kept
 from hunyuan_train.models.shapes import Heads
 from hunyuan_train.parallel.local_attention import attend, attend_backward
@@ -129,33 +130,6 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, masks: ChunkMasks | None, ring: _Rin
     return _RingAttention.apply(q, k, v, masks, ring)
 
 
-def merge_blocks(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> Tensor:
-    """Merge the attention over further keys into ``out``, in place.
-
-    With L = log(exp(lse) + exp(block_lse)), ``out`` becomes
-    ``out * exp(lse - L) + block * exp(block_lse - L)``.
-
-    Args:
-        out: running output [B, S, A, E], changed in place.
-        lse: running log-sum-exp [B, A, S]; -inf where no key has been seen.
-        block: output over the further keys, any float dtype.
-        block_lse: their log-sum-exp.
-
-    Returns:
-        L, [B, A, S].
-    """
-    merged = torch.logaddexp(lse, block_lse)
-    base = merged.masked_fill(merged == -torch.inf, 0)  # else -inf - -inf = nan
-    out.mul_(_row_weights(lse - base))
-    out.addcmul_(block, _row_weights(block_lse - base))
-    return merged
-
-
-def _row_weights(log_weights: Tensor) -> Tensor:
-    """[B, A, S] -> [B, S, A, 1], out of the logarithm."""
-    return log_weights.exp().transpose(1, 2).unsqueeze(-1)
-
-
 def _keys_of_hop(arrived: tuple[Tensor, Tensor], masks: ChunkMasks | None, chunk: int) -> _Chunk:
     """Return the keys to attend to in the hop in which the chunk of rank ``chunk`` is here."""
     k, v = arrived
@@ -191,7 +165,7 @@ def _forward(
             out = block.to(block_lse.dtype) if ring.size > 1 else block
             lse = block_lse
         else:
-            lse = merge_blocks(out, lse, block, block_lse)
+            lse = lse_merge(out, lse, block, block_lse)
     assert out is not None, "a ring has at least one hop"
     assert lse is not None
     return out.to(q.dtype), lse

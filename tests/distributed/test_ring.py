@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from hunyuan_kernels import lse_merge
 from hunyuan_train.parallel import ring
 from hunyuan_train.parallel.local_attention import attend
-from hunyuan_train.parallel.ring import ChunkMasks, merge_blocks
+from hunyuan_train.parallel.ring import ChunkMasks
 from hunyuan_train.parallel.ulysses import ContextCore, gather_sequence
 
 ROWS, HEADS, WIDTH = 6, 4, 8  # of one rank
@@ -292,6 +293,6 @@ def test_merge_is_free_of_order_and_grouping(
     pieces = list(zip(k.split(cuts, 1), v.split(cuts, 1), mask.split(cuts, 1), strict=True))
     out, lse = torch.zeros_like(q), torch.full((2, 2, 3), -torch.inf, dtype=torch.float64)
     for index in data.draw(st.permutations(range(len(cuts)))):
-        lse = merge_blocks(out, lse, *attend(q, *pieces[index]))
+        lse = lse_merge(out, lse, *attend(q, *pieces[index]))
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-10, atol=1e-10)

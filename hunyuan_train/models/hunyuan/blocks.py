@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hunyuan_kernels import dispatch, gated_residual, norm_modulate, qk_norm_rope
 from hunyuan_train.models.attention import AttentionCore, SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.layers import HeadNorm, Mlp, Modulation, gated_add, modulated_norm
+from hunyuan_train.models.layers import NORM_EPS, GeluLinear, HeadNorm, Mlp, Modulation
 from hunyuan_train.models.rope import Rope, apply_rope
 from hunyuan_train.models.shapes import (
     Heads,
@@ -28,6 +29,15 @@ def split_heads(qkv: JointTokens, head_dim: int) -> tuple[Heads, Heads, Heads]:
     """
     q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
     return q, k, v
+
+
+def norm_and_rotate(
+    q: Heads, k: Heads, q_norm: HeadNorm, k_norm: HeadNorm, rope: Rope
+) -> tuple[Heads, Heads]:
+    """Normalise the heads of q and k [B, S, A, E] and rotate them by the S rows of ``rope``."""
+    if dispatch.enabled("qk_norm_rope", q):
+        return qk_norm_rope(q, k, q_norm.weight, k_norm.weight, rope.cos, rope.sin, NORM_EPS)
+    return apply_rope(q_norm(q), rope).to(q.dtype), apply_rope(k_norm(k), rope).to(k.dtype)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -71,25 +81,32 @@ class DoubleStreamBlock(nn.Module):
         img_attn_mod, img_mlp_mod = self.img_mod(vec)
         txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
 
-        x = modulated_norm(img, img_attn_mod.shift, img_attn_mod.scale)
+        x = norm_modulate(img, img_attn_mod.shift, img_attn_mod.scale)
         img_q, img_k, img_v = split_heads(self.img_attn_qkv(x), self.head_dim)
-        x = modulated_norm(txt, txt_attn_mod.shift, txt_attn_mod.scale)
+        x = norm_modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale)
         txt_q, txt_k, txt_v = split_heads(self.txt_attn_qkv(x), self.head_dim)
 
-        q = torch.cat([self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)], dim=1)
-        k = torch.cat([self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)], dim=1)
+        rows = [img_q.shape[1], txt_q.shape[1]]
+        img_rope, txt_rope = map(Rope, rope.cos.split(rows), rope.sin.split(rows))
+        img_q, img_k = norm_and_rotate(
+            img_q, img_k, self.img_attn_q_norm, self.img_attn_k_norm, img_rope
+        )
+        txt_q, txt_k = norm_and_rotate(
+            txt_q, txt_k, self.txt_attn_q_norm, self.txt_attn_k_norm, txt_rope
+        )
+        q = torch.cat([img_q, txt_q], dim=1)
+        k = torch.cat([img_k, txt_k], dim=1)
         v = torch.cat([img_v, txt_v], dim=1)
-        q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
         merged = self.core(q, k, v, key_mask)
-        img_out, txt_out = merged.split([img_q.shape[1], txt_q.shape[1]], dim=1)
+        img_out, txt_out = merged.split(rows, dim=1)
 
-        img = gated_add(img, img_attn_mod.gate, self.img_attn_proj(img_out))
-        x = modulated_norm(img, img_mlp_mod.shift, img_mlp_mod.scale)
-        img = gated_add(img, img_mlp_mod.gate, self.img_mlp(x))
+        img = gated_residual(img, img_attn_mod.gate, self.img_attn_proj(img_out))
+        x = norm_modulate(img, img_mlp_mod.shift, img_mlp_mod.scale)
+        img = gated_residual(img, img_mlp_mod.gate, self.img_mlp(x))
 
-        txt = gated_add(txt, txt_attn_mod.gate, self.txt_attn_proj(txt_out))
-        x = modulated_norm(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)
-        txt = gated_add(txt, txt_mlp_mod.gate, self.txt_mlp(x))
+        txt = gated_residual(txt, txt_attn_mod.gate, self.txt_attn_proj(txt_out))
+        x = norm_modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)
+        txt = gated_residual(txt, txt_mlp_mod.gate, self.txt_mlp(x))
         return img, txt
 
 
@@ -108,7 +125,7 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = nn.Linear(hidden, self.qkv_share + self.mlp_share)
         self.q_norm = HeadNorm(self.head_dim)
         self.k_norm = HeadNorm(self.head_dim)
-        self.linear2 = nn.Linear(hidden + self.mlp_share, hidden)
+        self.linear2 = GeluLinear(hidden + self.mlp_share, hidden)
         self.core: AttentionCore = SdpaCore()
 
     def forward(
@@ -116,13 +133,17 @@ class SingleStreamBlock(nn.Module):
     ) -> JointTokens:
         """Update the joint tokens [B, N + L, D], image tokens first."""
         (mod,) = self.modulation(vec)
-        hidden = self.linear1(modulated_norm(x, mod.shift, mod.scale))
+        hidden = self.linear1(norm_modulate(x, mod.shift, mod.scale))
         # By share, not by size: a column shard of linear1 holds a share of its heads and units.
         mlp_features = hidden.shape[-1] * self.mlp_share // (self.qkv_share + self.mlp_share)
         qkv, mlp = hidden.split([hidden.shape[-1] - mlp_features, mlp_features], dim=-1)
         q, k, v = split_heads(qkv, self.head_dim)
-        q = apply_rope(self.q_norm(q), rope).to(v.dtype)
-        k = apply_rope(self.k_norm(k), rope).to(v.dtype)
+        q, k = norm_and_rotate(q, k, self.q_norm, self.k_norm, rope)
         merged = self.core(q, k, v, key_mask)
-        out = self.linear2(torch.cat([merged, functional.gelu(mlp, approximate="tanh")], dim=-1))
-        return gated_add(x, mod.gate, out)
+        return gated_residual(x, mod.gate, self._project(merged, mlp))
+
+    def _project(self, merged: JointTokens, mlp: JointTokens) -> JointTokens:
+        if isinstance(self.linear2, GeluLinear):
+            return self.linear2(merged, mlp)
+        # What tensor parallelism or an adapter puts here takes one input.
+        return self.linear2(torch.cat([merged, functional.gelu(mlp, approximate="tanh")], dim=-1))

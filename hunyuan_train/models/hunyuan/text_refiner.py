@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hunyuan_kernels import gated_residual
 from hunyuan_train.models.attention import AttentionCore, SdpaCore
 from hunyuan_train.models.hunyuan.blocks import split_heads
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.layers import NORM_EPS, Mlp, ScalarEmbedder, gated_add, widened
+from hunyuan_train.models.layers import NORM_EPS, Mlp, ScalarEmbedder, widened
 from hunyuan_train.models.shapes import PerSample, TextMask, TxtTokens, Vec
 from hunyuan_train.models.tokens import TokenLayout, WholeTokens
 
@@ -77,8 +78,8 @@ class RefinerBlock(nn.Module):
         """Update text tokens [B, L, D]; rows of padding hold numbers nobody reads."""
         gate_attn, gate_mlp = self.adaLN_modulation(c).chunk(2, dim=-1)
         q, k, v = split_heads(self.self_attn_qkv(self.norm1(txt)), self.head_dim)
-        txt = gated_add(txt, gate_attn, self.self_attn_proj(self.core(q, k, v, text_mask)))
-        return gated_add(txt, gate_mlp, self.mlp(self.norm2(txt)))
+        txt = gated_residual(txt, gate_attn, self.self_attn_proj(self.core(q, k, v, text_mask)))
+        return gated_residual(txt, gate_mlp, self.mlp(self.norm2(txt)))
 
 
 class IndividualTokenRefiner(nn.Module):
