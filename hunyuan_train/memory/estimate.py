@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.parameters import Parameters, parameters
+from hunyuan_train.memory.states import FLOAT32_STATES, StateBytes
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 
 ATTENTION_WORKSPACE = 4
@@ -43,6 +44,7 @@ class Layout:
     dp_replicate: int = 1
     zero_stage: int = 3
     compute_bytes: int = 2
+    weight_bytes: int = 4
     reduce_bytes: int = 4
     whole_gradients: bool = False
     """Whether gradients are added up unsharded between micro-steps (``reduce_every=step`` and more
@@ -72,7 +74,7 @@ class Layout:
     def casts(self) -> bool:
         """Whether ``fully_shard`` is applied: it shards, or it casts to a narrower dtype."""
         ranks = self.zero_ranks * self.dp_replicate
-        return self.zero_stage > 0 and (ranks > 1 or self.compute_bytes == 2)
+        return self.zero_stage > 0 and (ranks > 1 or self.compute_bytes < self.weight_bytes)
 
     def rows(self, img_tokens: int, txt_tokens: int) -> int:
         """Return the token rows of one context-parallel rank, padding included."""
@@ -92,25 +94,6 @@ class Work:
     """Share of the blocks whose kept tensors are moved to the host."""
     grids: int = 1
     """Different shapes of the run, whose rotary tables stay on the device."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StateBytes:
-    """Bytes per parameter that stay on the device between updates."""
-
-    weight: float = 4.0
-    gradient: float = 4.0
-    moments: float = 8.0
-    average: float = 4.0
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.weight + self.gradient + self.moments + self.average
-
-
-FLOAT32_STATES = StateBytes()
-"""AdamW with an average, all in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +121,7 @@ class MemoryParts:
     ends: float
     """Before the first and after the last block, the text refiner, rotary tables."""
     host: float = 0.0
-    """On the host, not on the GPU: what is offloaded."""
+    """On the host, not on the GPU: what is offloaded, and the states that are kept there."""
 
     @property
     def total(self) -> float:
@@ -214,11 +197,11 @@ def estimate(
         average=states.average * mine,
         gathered=_gathered(counts, layout, (working + exchange) * unit),
         activations=kept,
-        working=working * unit,
+        working=working * unit + states.update,
         exchange=exchange * unit,
         attention=unit / layout.compute_bytes / layout.tp * ATTENTION_WORKSPACE,
         ends=kept_ends_bytes(model, layout, work) + other_ends_bytes(model, layout, work),
-        host=host,
+        host=host + states.host * mine,
     )
 
 

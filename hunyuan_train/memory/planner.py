@@ -10,15 +10,9 @@ from functools import cached_property
 
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import Recompute
-from hunyuan_train.memory.estimate import (
-    FLOAT32_STATES,
-    Layout,
-    MemoryParts,
-    StateBytes,
-    Work,
-    estimate,
-)
+from hunyuan_train.memory.estimate import Layout, MemoryParts, Work, estimate
 from hunyuan_train.memory.parameters import parameters
+from hunyuan_train.memory.states import FLOAT32_STATES, StateBytes
 from hunyuan_train.memory.step_time import Prediction, TimeModel
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 

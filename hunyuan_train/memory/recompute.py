@@ -14,9 +14,10 @@ give the same bits and gradients do not change.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -147,14 +148,6 @@ def apply_recompute(model: nn.Module, plan: ShardingPlan, memory: MemoryConfig) 
         block.forward = BlockForward(block.forward, index, offload)
 
 
-def may_keep_attention(memory: MemoryConfig | None) -> bool:
-    """Return whether some bucket of a run may have selective recompute."""
-    if memory is None:
-        return False
-    modes = {memory.recompute.value, *memory.recompute_of.values()}
-    return not modes.isdisjoint({Recompute.auto.value, Recompute.selective.value})
-
-
 def set_recompute(model: nn.Module, mode: Recompute, offload: bool = True) -> None:
     """Choose what the blocks keep in the forwards from now on; call it before a micro-step.
 
@@ -175,6 +168,20 @@ def set_recompute(model: nn.Module, mode: Recompute, offload: bool = True) -> No
             forward.mode, forward.moves = mode, offload
             found += 1
     assert found or mode is Recompute.none, f"no block of this model can do {mode.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class BucketMode:
+    """How the activations of one bucket's micro-batches are kept."""
+
+    recompute: Recompute
+    offload: bool
+    """Whether what is kept may be moved to the host meanwhile."""
+
+    @classmethod
+    def of(cls, memory: MemoryConfig, bucket: str) -> Self:
+        """Return what ``memory`` says where nothing has been planned; ``auto`` keeps everything."""
+        return cls(mode_of(memory, bucket), memory.offload is Switch.on)
 
 
 def mode_of(

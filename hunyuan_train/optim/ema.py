@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_train.memory.config import AveragePlace
+from hunyuan_train.memory.states import PIECE
 from hunyuan_train.optim.clip import local_part
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.host_states import HostMemory, Visits
-
-_PIECE = 2**24
-"""Values that are widened or moved at a time."""
 
 
 class Ema:
@@ -86,7 +84,7 @@ class Ema:
                 torch._foreach_lerp_(shadow, weights, share)  # pyright: ignore[reportPrivateImportUsage]
             return
         for shadow, weight in pairs:
-            pieces = zip(shadow.view(-1).split(_PIECE), weight.view(-1).split(_PIECE), strict=True)
+            pieces = zip(shadow.view(-1).split(PIECE), weight.view(-1).split(PIECE), strict=True)
             for average, present in pieces:
                 if self._visits is None:
                     average.lerp_(present.float(), share)

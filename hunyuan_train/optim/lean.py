@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.memory.config import MemoryConfig, Place, StateType
+from hunyuan_train.memory.states import PIECE
 from hunyuan_train.optim.clip import local_part
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.host_states import HostMemory, Visits
 from hunyuan_train.optim.low_bit import Moment, moment_of
 from hunyuan_train.optim.stochastic_rounding import RoundingKey, stochastic_round
 from hunyuan_train.parallel.view import first_row
-
-PIECE = 2**24
-"""Values that are worked on at a time: 64 MiB for each float32 tensor in between."""
 
 
 def needs_lean(memory: MemoryConfig) -> bool:

@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from hunyuan_train.memory.states import CODE_BLOCK
+
 _SMALLEST_BLOCK = 32
-"""Rows without a divisor from here to ``BLOCK`` stay float32."""
+"""Rows without a divisor from here to ``CODE_BLOCK`` stay float32."""
 _TINIEST = 1e-12
 """Least scale, as in torchao: a block of zeros."""
 
@@ -28,7 +29,7 @@ def block_size(shape: torch.Size) -> int:
     if len(shape) < 2:
         return 0
     row = shape[1:].numel()
-    largest = max(size for size in range(1, BLOCK + 1) if row % size == 0)
+    largest = max(size for size in range(1, CODE_BLOCK + 1) if row % size == 0)
     return largest if largest >= _SMALLEST_BLOCK else 0
 
 

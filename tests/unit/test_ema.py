@@ -118,7 +118,7 @@ def test_a_state_of_another_model_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_host_it_is_the_same_to_the_bit(dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr("hunyuan_train.optim.ema._PIECE", 8)
+    monkeypatch.setattr("hunyuan_train.optim.ema.PIECE", 8)
     model, cfg = _model(dtype), OptimizerConfig(ema_decay=0.9)
     beside, away = Ema(model, cfg), Ema(model, cfg, place=AveragePlace.host)
     for step in range(4):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hunyuan_train.memory.config import MemoryConfig
-from hunyuan_train.optim import low_bit
+from hunyuan_train.memory.states import CODE_BLOCK
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.fused_backward import FusedBackward
@@ -253,7 +253,7 @@ def test_bytes_of_the_states_are_those_promised():
     model = nn.Linear(512, 256, bias=False)
     kept = lean(model, "int8").tensors()["weight"]
     held = sum(t.numel() * t.element_size() for t in kept.values() if t.ndim)
-    assert held / model.weight.numel() == 2 * (1 + 4 / low_bit.BLOCK)
+    assert held / model.weight.numel() == 2 * (1 + 4 / CODE_BLOCK)
 
 
 # Inside the backward

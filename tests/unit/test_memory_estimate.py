@@ -12,13 +12,13 @@ from hunyuan_train.memory.estimate import (
     Layout,
     MemoryParts,
     Shards,
-    StateBytes,
     Work,
     estimate,
     kept_ends_bytes,
     max_tokens,
 )
 from hunyuan_train.memory.parameters import parameters
+from hunyuan_train.memory.states import StateBytes
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.registry import build_model
 from hunyuan_train.parallel.config import ParallelConfig
