@@ -28,6 +28,7 @@ from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.objectives.timesteps import sample_sigmas
 from hunyuan_train.observability.flops import dit_forward_flops
 from hunyuan_train.optim.schedule import learning_rate
+from hunyuan_train.optim.updates import update_weights
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.device import Stopwatch
 from hunyuan_train.runtime.dist import World
@@ -227,8 +228,8 @@ def train_step(
     heart.phase("update")
     norm = updates.clip(cfg.optimizer.clip_norm)
     loss = global_loss([part.loss_sum for part in micro_steps], tokens, axes)
-    state.skipped_updates += updates.step(state.guard.screen(loss, norm, kind))
-    state.ema.update(state.step)
+    screened = state.guard.screen(loss, norm, kind)
+    state.skipped_updates += update_weights(updates, state.ema, screened, state.step)
     state.step += 1
     state.samples += samples
     state.tokens += tokens

@@ -92,6 +92,16 @@ class Ema:
                     with self._visits.here([average]) as (here,):
                         here.lerp_(present.float(), share)
 
+    def lend(self) -> dict[str, Tensor] | None:
+        """Return the live local parts by name, for an update that moves them itself.
+
+        None where they are not all on the device of the weights.
+        """
+        assert not self._swapped, "an update inside swap() would average the average"
+        if self._visits is not None or not self._params:
+            return None
+        return {name: local_part(shadow) for name, shadow in self._shadow.items()}
+
     @torch.no_grad()
     def reset(self) -> None:
         """Set the shadow to the present weights, e.g. after another stage's weights were loaded."""

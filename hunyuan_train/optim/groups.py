@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from hunyuan_train.optim.config import OptimizerConfig
-from hunyuan_train.optim.schedule import set_learning_rate
 
 # Device types with a fused AdamW kernel in every supported torch. On 2 CPU cores it takes 15 ms for
 # 9.5M parameters, the foreach form 67 ms.
@@ -87,25 +86,3 @@ def step_if_finite(optimizer: AdamW, grad_norm: Tensor) -> Tensor:
     elif not skipped.item():
         optimizer.step()
     return skipped
-
-
-class PlainAdamW:
-    """``torch.optim.AdamW`` as ``TorchUpdates`` drives it."""
-
-    def __init__(self, model: nn.Module, cfg: OptimizerConfig) -> None:
-        """Build it over the trainable parameters of ``model``."""
-        self._optimizer = build_optimizer(model, cfg)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the rate of the next updates."""
-        set_learning_rate(self._optimizer, lr)
-
-    def step(self, norm: Tensor) -> Tensor:
-        """Update unless ``norm`` is not finite, drop the gradients; return 1.0 if skipped."""
-        skipped = step_if_finite(self._optimizer, norm)
-        self._optimizer.zero_grad(set_to_none=True)
-        return skipped
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the live state by parameter name."""
-        return optimizer_tensors(self._optimizer)

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.optim.choices import ONE_MICRO_STEP, check_choices
-from hunyuan_train.optim.clip import clip_grad_norm
+from hunyuan_train.optim.clip import clip_grad_norm, local_part
 from hunyuan_train.optim.config import OptimizerConfig
+from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.fused_backward import FusedBackward
-from hunyuan_train.optim.groups import PlainAdamW, build_optimizer
+from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.optim.lean import LeanAdamW, needs_lean
+from hunyuan_train.optim.plain import PlainAdamW
 from hunyuan_train.parallel.apply import ParallelModel
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.gradients import finish_gradients
@@ -43,6 +46,10 @@ class Updates(Protocol):
 
     def step(self, norm: Tensor) -> Tensor:
         """Update unless the norm is not finite, drop the gradients; return 1.0 if skipped."""
+        ...
+
+    def carry(self, ema: Ema, number: int) -> bool:
+        """Take the moving average along in the next ``step``, if it can; see ``update_weights``."""
         ...
 
     def refuse(self, norm: Tensor) -> None:
@@ -93,6 +100,9 @@ class TorchUpdates:
         # fully_shard averages over its ranks; gradients here are sums.
         self._loss_factor = model.axes.size("grads") if is_sharded(model.module) else 1
         self._in_backward: FusedBackward | None = None
+        self._fusing = False
+        self._factor: Tensor | None = None
+        self._average: tuple[Mapping[str, Tensor] | None, float] = None, 0.0
         if not needs_lean(memory):
             self._rule = PlainAdamW(model.module, optimizer)
             return
@@ -120,10 +130,25 @@ class TorchUpdates:
         if self._in_backward is not None:
             return self._in_backward.norm()
         finish_gradients(self._model)
-        return clip_grad_norm(self._named.values(), max_norm, self._cuts)
+        self._fusing = isinstance(self._rule, PlainAdamW) and self._rule.fuses()
+        norm = clip_grad_norm(self._named.values(), 0.0 if self._fusing else max_norm, self._cuts)
+        if self._fusing and max_norm > 0:
+            self._factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        return norm
+
+    def carry(self, ema: Ema, number: int) -> bool:
+        """Take the moving average along in the next ``step`` if that runs the fused kernel."""
+        averages = ema.lend() if self._fusing else None
+        self._average = averages, ema.decay(number)
+        return averages is not None
 
     def step(self, norm: Tensor) -> Tensor:
         """Update unless the norm is not finite, drop the gradients; return 1.0 if skipped."""
+        factor, self._factor = self._factor, None
+        (averages, decay), self._average = self._average, (None, 0.0)
+        fusing, self._fusing = self._fusing, False
+        if fusing and isinstance(self._rule, PlainAdamW):
+            return self._rule.fused_step(norm, factor, averages, decay)
         return self._rule.step(norm)
 
     def refuse(self, norm: Tensor) -> None:
@@ -151,8 +176,34 @@ class TorchUpdates:
         """Do nothing: the parameters are the weights."""
 
     def local_gradients(self) -> dict[str, Tensor]:
-        """Return the live gradients, plain or DTensor."""
-        return {n: p.grad for n, p in self._named.items() if p.grad is not None}
+        """Return the live gradients, plain or DTensor, clipped by now."""
+        grads = {n: p.grad for n, p in self._named.items() if p.grad is not None}
+        if self._factor is not None:
+            torch._foreach_mul_([local_part(grad) for grad in grads.values()], self._factor)
+            self._factor = None
+        return grads
+
+
+def update_weights(updates: Updates, ema: Ema, norm: Tensor, number: int) -> Tensor:
+    """Update, and move the average: inside the update where that can, else after it.
+
+    This is the one place that decides which. After a skipped update the first leaves the average
+    alone; the second moves it towards the weights as they still are.
+
+    Args:
+        updates: With the gradients clipped.
+        ema: Of its weights.
+        norm: Of the gradients; not finite to leave the weights alone.
+        number: Of the update, 0 for the first.
+
+    Returns:
+        1.0 if the update was skipped, else 0.0.
+    """
+    carried = updates.carry(ema, number)
+    skipped = updates.step(norm)
+    if not carried:
+        ema.update(number)
+    return skipped
 
 
 def viewed(updates: Updates, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

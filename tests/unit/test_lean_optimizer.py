@@ -13,9 +13,9 @@ from hunyuan_train.memory.states import CODE_BLOCK
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.fused_backward import FusedBackward
-from hunyuan_train.optim.groups import PlainAdamW
 from hunyuan_train.optim.lean import LeanAdamW, needs_lean
 from hunyuan_train.optim.low_bit import Int8Moment, block_size
+from hunyuan_train.optim.plain import PlainAdamW
 from hunyuan_train.optim.stochastic_rounding import RoundingKey, stochastic_round
 
 CPU = torch.device("cpu")

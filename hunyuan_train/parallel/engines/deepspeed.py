@@ -127,6 +127,10 @@ class DeepSpeedUpdates:
         self._step_count += 1.0 - skipped.to(self._step_count.device)
         return skipped
 
+    def carry(self, ema: object, number: int) -> bool:
+        """Leave the moving average to the caller."""
+        return False
+
     def refuse(self, norm: Tensor) -> None:
         """Do nothing: no backward updates."""
 
