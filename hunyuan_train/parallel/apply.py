@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hunyuan_train.memory.compiling import apply_compile
 from hunyuan_train.memory.config import MemoryConfig, WeightType
-from hunyuan_train.memory.recompute import apply_recompute, may_keep_attention
+from hunyuan_train.memory.recompute import apply_recompute
 from hunyuan_train.models.spec import ShardingPlan
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.layout import Slices
@@ -61,7 +61,7 @@ def parallelize(
     if memory is not None and memory.weights is WeightType.bfloat16:
         model.bfloat16()
     slices, partial = apply_tensor(model, plan, axes, cfg)
-    apply_context(model, plan, axes, keep_attention=may_keep_attention(memory))
+    apply_context(model, plan, axes)
     if memory is not None:
         apply_compile(model, plan, memory)
         apply_recompute(model, plan, memory)
@@ -70,16 +70,13 @@ def parallelize(
     return ParallelModel(model, axes, slices, partial)
 
 
-def apply_context(
-    model: nn.Module, plan: ShardingPlan, axes: Axes, keep_attention: bool = False
-) -> None:
+def apply_context(model: nn.Module, plan: ShardingPlan, axes: Axes) -> None:
     """Install sequence-sharded token streams and the attention that spans them.
 
-    With ``keep_attention`` also the attention of one device is replaced: its results can be kept.
+    The attention of one device is replaced too, by the seam at which its kernel is chosen and its
+    results can be kept.
     """
     tokens = ShardedTokens(axes)
-    if tokens.shards == 1 and not keep_attention:
-        return
     for name in plan.token_modules if tokens.shards > 1 else ():
         model.get_submodule(name).tokens = tokens  # pyright: ignore[reportArgumentType]
     core = ContextCore(

@@ -36,8 +36,8 @@ class KeyLayout:
     log-sum-exp of 0), so such a sample sees every key here and its results are overwritten after.
     """
 
-    absent: Tensor
-    """bool [B], True for samples without any key."""
+    absent: Tensor | None
+    """bool [B], True for samples without any key; None where it is known that there is none."""
     real: Tensor
     """bool [B, Sk], True for keys that exist, everywhere in absent samples."""
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -48,6 +48,9 @@ class KeyLayout:
     def of(cls, mask: Tensor) -> "KeyLayout":
         """Return the layout of a mask bool [B, Sk], True for keys that exist."""
         absent = ~mask.any(dim=1)
+        # Only the host can look without waiting for a device.
+        if type(mask) is Tensor and mask.device.type == "cpu" and not absent.any():
+            return cls(None, mask.clone())
         return cls(absent, mask | absent[:, None])
 
     def bias(self, dtype: torch.dtype) -> Tensor:

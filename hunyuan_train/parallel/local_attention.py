@@ -92,10 +92,10 @@ def attend_with(
         return torch.zeros_like(q), _lse_like(q, -torch.inf)
     layout = key_layout(mask)
     out, lse = backend.forward(_dense_heads(q), _dense_heads(k), _dense_heads(v), layout)
-    if layout is None:
+    if layout is None or layout.absent is None:
         return out, lse
-    out = out.masked_fill(layout.absent[:, None, None, None], 0)
-    return out, lse.masked_fill(layout.absent[:, None, None], -torch.inf)
+    out.masked_fill_(layout.absent[:, None, None, None], 0)
+    return out, lse.masked_fill_(layout.absent[:, None, None], -torch.inf)
 
 
 def attend_backward_with(
@@ -114,10 +114,10 @@ def attend_backward_with(
     layout: KeyLayout | None = key_layout(mask)
     grad, queries, keys, values, merged = map(_dense_heads, (grad_out, q, k, v, out))
     dq, dk, dv = backend.backward(grad, queries, keys, values, layout, merged, lse)
-    if layout is None:
+    if layout is None or layout.absent is None:
         return dq, dk, dv
     nothing = layout.absent[:, None, None, None]
-    return dq.masked_fill(nothing, 0), dk.masked_fill(nothing, 0), dv.masked_fill(nothing, 0)
+    return dq.masked_fill_(nothing, 0), dk.masked_fill_(nothing, 0), dv.masked_fill_(nothing, 0)
 
 
 def choose_backend(q: Tensor, k: Tensor, masked: bool) -> Backend:

@@ -40,7 +40,7 @@ def build(cfg: HunyuanConfig, memory: MemoryConfig, backend: str | Callable[...,
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.05)
-    apply_context(model, plan, Axes.alone(), keep_attention=True)
+    apply_context(model, plan, Axes.alone())
     apply_compile(model, plan, memory, backend)
     apply_recompute(model, plan, memory)
     return model

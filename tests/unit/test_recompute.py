@@ -11,12 +11,14 @@ from hunyuan_train.config.compose import compose_config
 from hunyuan_train.memory.config import MemoryConfig, Recompute
 from hunyuan_train.memory.recompute import BlockForward, mode_of, set_recompute
 from hunyuan_train.memory.tracing import SavedBytes
+from hunyuan_train.models.attention import SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.parallel import ring
 from hunyuan_train.parallel.apply import check_recompute, parallelize
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.parallel.ulysses import ContextCore
 
 TEXT = 7
 MODES = [Recompute.selective, Recompute.full]
@@ -198,8 +200,10 @@ def test_a_model_that_was_not_prepared_says_so() -> None:
 
 def test_an_attention_that_cannot_be_kept_is_refused() -> None:
     cfg = tiny(1, 1)
-    # Without selective in the config the attention of one device stays torch's.
-    model = build(cfg, MemoryConfig(recompute=Recompute.full))
+    model = build(cfg, MemoryConfig())
+    for module in model.modules():
+        if isinstance(module, ContextCore):
+            module.forward = SdpaCore().forward
     set_recompute(model, Recompute.selective)
     with pytest.raises(AssertionError, match="selective keeps nothing"):
         model(*inputs(cfg, None))
