@@ -1,7 +1,7 @@
 """Which choices of the sections memory, optimizer and parallel go together."""
 
 from hunyuan_train.memory.config import AveragePlace, MemoryConfig, Place, StateType, WeightType
-from hunyuan_train.optim.config import OptimizerConfig
+from hunyuan_train.optim.config import Implementation, OptimizerConfig
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 
 
@@ -28,6 +28,13 @@ def check_choices(
         raise ValueError(
             f"{chosen[0]} cannot be combined with parallel.compute_dtype=float64, which keeps "
             "everything in float64; choose float32 or bfloat16"
+        )
+    apex = optimizer.implementation is Implementation.apex
+    states = [choice for choice in chosen if not choice.startswith("memory.ema")]
+    if apex and (states or parallel.zero_engine is ZeroEngine.deepspeed):
+        other = states[0] if states else "parallel.zero_engine=deepspeed"
+        raise ValueError(
+            f"optimizer.implementation=apex cannot be combined with {other}; choose auto or torch"
         )
     if memory.weights is WeightType.bfloat16 and parallel.compute_dtype != "bfloat16":
         raise ValueError(

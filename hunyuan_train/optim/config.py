@@ -12,6 +12,14 @@ class ScheduleKind(StrEnum):
     linear = "linear"
 
 
+class Implementation(StrEnum):
+    """Whose AdamW computes updates."""
+
+    auto = "auto"
+    torch = "torch"
+    apex = "apex"
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW, learning-rate schedule, gradient clipping and EMA."""
@@ -39,6 +47,10 @@ class OptimizerConfig:
     ema_warmup: bool = True
     """Use min(ema_decay, (1 + n) / (10 + n)) after n updates, so early weights are forgotten
     soon."""
+
+    implementation: Implementation = Implementation.auto
+    """Whose AdamW: auto takes the fused kernel where there is one, else torch's; torch always that;
+    apex that of NVIDIA's package, whose updates wait for the gradient norm on the host."""
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a value outside its range."""

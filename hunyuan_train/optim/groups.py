@@ -4,6 +4,8 @@ The moments are allocated when the optimizer is built, not in its first step: a 
 no more memory than training, and a checkpoint can be read straight into them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -15,11 +17,8 @@ from hunyuan_train.optim.config import OptimizerConfig
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
-    """Build AdamW over the trainable parameters of ``model``, plain or DTensor.
-
-    Call it after sharding. The groups are named "decay" (two or more dimensions) and "no_decay"
-    (biases and norm weights); ``param_names`` in each group holds the parameter names.
+def named_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the groups of trainable parameters that are not empty, as (name, parameter) pairs.
 
     Raises:
         ValueError: ``model`` has no trainable parameter.
@@ -35,9 +34,23 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
         }
         for name, decayed in (("decay", True), ("no_decay", False))
     ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
+    """Build AdamW over the trainable parameters of ``model``, plain or DTensor.
+
+    Call it after sharding. The groups are named "decay" (two or more dimensions) and "no_decay"
+    (biases and norm weights); ``param_names`` in each group holds the parameter names.
+
+    Raises:
+        ValueError: ``model`` has no trainable parameter.
+    """
+    groups = named_groups(model, cfg)
+    named = [pair for group in groups for pair in group["params"]]
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
     optimizer = AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=cfg.lr,
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.eps,

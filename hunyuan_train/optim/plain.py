@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hunyuan_kernels import adamw_ema, dispatch
 from hunyuan_train.optim.clip import local_part
-from hunyuan_train.optim.config import OptimizerConfig
+from hunyuan_train.optim.config import Implementation, OptimizerConfig
 from hunyuan_train.optim.groups import build_optimizer, optimizer_tensors, step_if_finite
 from hunyuan_train.optim.schedule import set_learning_rate
 
@@ -21,6 +21,8 @@ class PlainAdamW:
 
     def fuses(self) -> bool:
         """Return whether :meth:`fused_step` runs: there is a kernel, and all gradients are."""
+        if self._cfg.implementation is Implementation.torch:
+            return False
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         return all(
             param.grad is not None

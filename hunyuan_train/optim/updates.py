@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_train.memory.config import MemoryConfig
+from hunyuan_train.optim.apex import ApexAdamW
 from hunyuan_train.optim.choices import ONE_MICRO_STEP, check_choices
 from hunyuan_train.optim.clip import clip_grad_norm, local_part
-from hunyuan_train.optim.config import OptimizerConfig
+from hunyuan_train.optim.config import Implementation, OptimizerConfig
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.fused_backward import FusedBackward
 from hunyuan_train.optim.groups import build_optimizer
@@ -104,7 +105,8 @@ class TorchUpdates:
         self._factor: Tensor | None = None
         self._average: tuple[Mapping[str, Tensor] | None, float] = None, 0.0
         if not needs_lean(memory):
-            self._rule = PlainAdamW(model.module, optimizer)
+            apex = optimizer.implementation is Implementation.apex
+            self._rule = (ApexAdamW if apex else PlainAdamW)(model.module, optimizer)
             return
         trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self._rule = LeanAdamW(trainable, optimizer, memory, seed)
