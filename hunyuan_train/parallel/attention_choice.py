@@ -198,7 +198,7 @@ def _fault(backend: Backend, rows: list[Tensor], masked: bool) -> str | None:
         mask[1, k.shape[1] // 3 :] = False  # a second half without keys
         mask[2] = False
     try:
-        errors = _errors(backend, q, k, v, grad, mask)
+        errors = errors_of(backend, q, k, v, grad, mask)
     except Exception as error:  # whatever a kernel fails with, the others are there
         return f"it fails with {_first_line(error)}"
     for name, error in errors.items():
@@ -208,12 +208,15 @@ def _fault(backend: Backend, rows: list[Tensor], masked: bool) -> str | None:
     return None
 
 
-def _errors(
+def errors_of(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None
 ) -> dict[str, float]:
-    """Return the errors of a kernel against the reference in float64.
+    """Return the largest errors of a kernel over the largest values of the float64 reference.
 
     The gradients are computed over two halves of the keys from the output and log-sum-exp over all.
+
+    Returns:
+        By "output", "log-sum-exp", "gradient of q", "gradient of k" and "gradient of v".
     """
     exact = q.double(), k.double(), v.double()
     wanted, wanted_lse = attend_with(REFERENCE, *exact, mask)
