@@ -102,7 +102,7 @@ class MemoryConfig:
 
     optimizer_states: StateType = StateType.float32
     """int8 keeps the moments of matrices as 8-bit codes with a scale per 256 values, a quarter of
-    float32; needs the package torchao."""
+    float32."""
 
     optimizer_device: Place = Place.device
     """host keeps the moments in pinned memory; an update brings them to the device and back, piece

@@ -75,7 +75,7 @@ class LeanAdamW:
             seed: Of the run, for rounding.
 
         Raises:
-            ValueError: there is no parameter, or torchao is needed and not there.
+            ValueError: there is no parameter.
         """
         if not params:
             raise ValueError("the model has no trainable parameter to optimize")

@@ -1,9 +1,9 @@
 """Moments of AdamW in float32, or as 8-bit codes with a float32 scale per block of a row.
 
-The codes are those of torchao's 8-bit AdamW: a map of 256 values, dense near zero, times the
-largest absolute value of the block (Dettmers et al., "8-bit Optimizers via Block-wise
-Quantization", 2021). Blocks lie within rows here. Sharding by rows then never cuts one, so that
-codes and scales of one number of ranks are loaded on another as they are.
+The codes are those of torchao's and bitsandbytes' 8-bit AdamW: a map of 256 values, dense near
+zero, times the largest absolute value of the block (Dettmers et al., "8-bit Optimizers via
+Block-wise Quantization", 2021). Blocks lie within rows here. Sharding by rows then never cuts one,
+so that codes and scales of one number of ranks are loaded on another as they are.
 """
 
 from collections.abc import Mapping
@@ -105,20 +105,17 @@ def moment_of(shape: torch.Size, *, int8: bool, signed: bool) -> Moment:
 def _table(signed: bool, device: torch.device) -> Tensor:
     """Return the value of every code, ascending, float32 [256].
 
-    Raises:
-        ValueError: torchao is not installed.
+    0, 1, and for every power of ten from 1e-6 to 1 the middles of equal parts between its tenth and
+    itself, twice as many as for the power below; if ``signed``, half as many and their negatives.
     """
-    try:
-        from torchao.optim.quant_utils import create_dynamic_map
-    except ImportError as error:
-        raise ValueError(
-            "memory.optimizer_states=int8 needs the package torchao: "
-            "pip install torchao, or choose float32"
-        ) from error
-    # Its values are made on the default device, which may be meta while a model is built.
-    with torch.device("cpu"):
-        values = create_dynamic_map(signed=signed)
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    # The default device may be meta while a model is built.
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
+    for power in range(7):
+        parts = 2 ** (power if signed else power + 1)
+        bounds = torch.linspace(0.1, 1, parts + 1, device="cpu")
+        middles = 10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values.to(device)
 
 
 @lru_cache

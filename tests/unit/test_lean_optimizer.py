@@ -10,6 +10,7 @@ from torch import nn
 
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.memory.states import CODE_BLOCK
+from hunyuan_train.optim import low_bit
 from hunyuan_train.optim.clip import clip_grad_norm
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.optim.fused_backward import FusedBackward
@@ -153,6 +154,8 @@ def test_updates_far_below_the_resolution_add_up():
 def test_codes_are_those_of_torchao(signed):
     from torchao.optim.subclass_8bit import OptimState8bit
 
+    empty = OptimState8bit.zeros((16, 512), signed)
+    assert torch.equal(low_bit._table(signed, CPU), empty.qmap)
     torch.manual_seed(0)
     values = torch.randn(16, 512) * torch.logspace(-8, 2, 16)[:, None]
     values = values if signed else values.square()
