@@ -52,7 +52,8 @@ def definition(
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
     out = torch.einsum("baqk,bkae->bqae", scores.softmax(-1), v)
-    return out, scores.logsumexp(-1), *torch.autograd.grad(out, (q, k, v), grad.double())
+    grads = torch.autograd.grad(out, (q, k, v), grad.double())
+    return out.detach(), scores.logsumexp(-1).detach(), *grads
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:

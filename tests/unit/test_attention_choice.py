@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hunyuan_train.memory.config import AttentionKernel
 from hunyuan_train.parallel import attention_choice as choosing
+from hunyuan_train.parallel import flash_attn
 from hunyuan_train.parallel import local_attention as local
 from hunyuan_train.parallel.attention_choice import (
     AttentionChoice,
@@ -205,7 +206,12 @@ def test_long_inputs_are_measured_with_fewer_heads() -> None:
         ("cudnn", "it needs a CUDA device, not cpu"),
     ],
 )
-def test_a_kernel_that_cannot_run_ends_in_a_sentence(name: str, reason: str) -> None:
+def test_a_kernel_that_cannot_run_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    monkeypatch.setattr(
+        flash_attn, "_load", lambda name: f"the package flash-attn-{name[-1]} is not installed"
+    )
     with pytest.raises(ValueError) as error:
         choose_attention(AttentionKernel(name), INPUTS)
     assert str(error.value) == (
@@ -215,7 +221,9 @@ def test_a_kernel_that_cannot_run_ends_in_a_sentence(name: str, reason: str) -> 
 
 def test_a_kernel_that_was_asked_for_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, kernel("flash4", forward=sees_all), kernel("cpu"))
-    with pytest.raises(ValueError, match=r"memory\.attention=flash4 cannot run here: its output is"):
+    with pytest.raises(
+        ValueError, match=r"memory\.attention=flash4 cannot run here: its output is"
+    ):
         choose_attention(AttentionKernel.flash4, INPUTS)
     dense = choose_attention(AttentionKernel.flash4, replace(INPUTS, masked_too=False))
     assert dense.kernels == {False: "flash4"}

@@ -2,68 +2,18 @@
 
 import gc
 import weakref
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
+from varlen_kernel import varlen_backward, varlen_forward
 
 from hunyuan_train.parallel import key_layout as layouts
 from hunyuan_train.parallel import local_attention as local
 from hunyuan_train.parallel.attention_choice import AttentionChoice, attention_fixed
-from hunyuan_train.parallel.attention_kernels import CPU, VarlenKernel, varlen_backend
-from hunyuan_train.parallel.key_layout import KeyLayout, Ragged, key_layout
+from hunyuan_train.parallel.attention_kernels import VarlenKernel, varlen_backend
+from hunyuan_train.parallel.key_layout import KeyLayout, key_layout
 from hunyuan_train.parallel.local_attention import attend, attend_backward
-
-
-def pieces(ragged: Ragged) -> list[tuple[slice, slice]]:
-    """Return the rows of every sequence's queries and keys."""
-    ends = zip(ragged.q_offsets.tolist(), ragged.k_offsets.tolist(), strict=True)
-    return [(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in pairwise(ends)]
-
-
-def varlen_forward(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None) -> tuple[Tensor, Tensor]:
-    """A packed kernel like those of GPUs, in Python: writes nothing behind the last sequence."""
-    if ragged is None:
-        return CPU.forward(q, k, v, None)
-    assert q.is_contiguous()
-    out = torch.full_like(q, torch.nan)
-    lse = torch.full(
-        (q.shape[1], q.shape[0]), torch.nan, dtype=torch.promote_types(q.dtype, torch.float32)
-    )
-    for rows, keys in pieces(ragged):
-        assert rows.stop - rows.start <= ragged.q_longest
-        assert 0 < keys.stop - keys.start <= ragged.k_longest
-        part, sums = CPU.forward(q[None, rows], k[None, keys], v[None, keys], None)
-        out[rows], lse[:, rows] = part[0], sums[0]
-    return out, lse
-
-
-def varlen_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    ragged: Ragged | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert lse.is_contiguous()  # read by pointer on a GPU
-    if ragged is None:
-        return CPU.backward(grad_out, q, k, v, None, out, lse)
-    dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, k, v))
-    for rows, keys in pieces(ragged):
-        parts = CPU.backward(
-            grad_out[None, rows],
-            q[None, rows],
-            k[None, keys],
-            v[None, keys],
-            None,
-            out[None, rows],
-            lse[None, :, rows],
-        )
-        dq[rows], dk[keys], dv[keys] = (part[0] for part in parts)
-    return dq, dk, dv
 
 
 @pytest.fixture
