@@ -1,6 +1,7 @@
 # make setup   a virtual environment with everything, CPU build of torch, pinned
 # make demo    the whole job at tiny scale: data, VAE, curriculum, samples, report
 # make test    all tests that need no GPU
+# make bench-gpu  every figure of one GPU, a JSON line each (docs/performance.md)
 # make chaos   half an hour of real runs with every fault, and what each of them cost
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test chaos lint types arch test-gpu docs ci bench-all
+.PHONY: setup demo test chaos lint types arch test-gpu docs ci bench-all bench-gpu
 
 setup: $(STAMP)
 
@@ -48,7 +49,13 @@ docs: $(STAMP)
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
-bench-all: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py))
+bench-all: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py))
+
+# One after the other: they share the GPU. A failure does not keep the others from running.
+bench-gpu: $(STAMP)
+	@failed=; for name in attention blocks kernels offload planner_error one_gpu; do \
+		$(BIN)/python benchmarks/$$name.py $(ARGS) || failed="$$failed $$name"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 ci:
 	bash .ci/run

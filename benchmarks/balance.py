@@ -234,9 +234,9 @@ def main() -> None:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--steps", type=int, default=1000, help="updates drawn per setting")
-    parser.add_argument("--quick", action="store_true", help="400 updates per setting")
+    parser.add_argument("--quick", action="store_true", help="50 updates per setting")
     arguments = parser.parse_args()
-    steps = 400 if arguments.quick else arguments.steps
+    steps = 50 if arguments.quick else arguments.steps
     figures: dict[str, dict[str, object]] = {}
     for stage in STAGES:
         figures |= stage_figures(stage, steps)

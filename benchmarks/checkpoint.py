@@ -159,7 +159,7 @@ def measure(rank: int, folder: Path, parts: int, every: float, repeats: int) -> 
     training = Training(parts)
     manager = CheckpointManager(folder / "ours", CheckpointConfig(keep_last=2), {})
     start = timed(lambda: manager.start(training.state))
-    alone = training.run(max(every / 3, 4.0))
+    alone = training.run(max(every / 3, min(every, 4.0)))
     rounds: list[dict[str, Any]] = []
     for repeat in range(repeats):
         ours = train_and_save(manager, training, repeat + 1, every)
@@ -248,11 +248,14 @@ def main() -> None:
     """Measure and print one JSON object last."""
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--quick", action="store_true", help="128 MiB per rank, one round")
-    parser.add_argument("--rounds", type=int, help="saves of each kind; 3, or 2 if quick")
+    parser.add_argument("--quick", action="store_true", help="32 MiB per rank, one round")
+    parser.add_argument("--rounds", type=int, help="saves of each kind; 3, or 1 if quick")
+    parser.add_argument("--parts", type=int, help="tensors of 32 MiB per rank; 30, or 1 if quick")
+    parser.add_argument("--every", type=float, help="seconds from save to save; 30, or 1 if quick")
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     arguments = parser.parse_args()
-    parts, every, repeats = (4, 5.0, 2) if arguments.quick else (30, 30.0, 3)
+    parts, every, repeats = (1, 1.0, 1) if arguments.quick else (30, 30.0, 3)
+    parts, every = arguments.parts or parts, arguments.every or every
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = in_processes(folder, parts, every, arguments.rounds or repeats)
     machine = {

@@ -84,6 +84,16 @@ def usable(media: Path) -> Path:
     return manifest
 
 
+def generated(folder: Path) -> Path:
+    """Write a few short clips with their manifest, as ``--media`` has it, and return the folder."""
+    from hunyuan_train.data.shapes import write_shapes_dataset
+
+    write_shapes_dataset(folder, 3, 0, 0, frame_sizes=[(64, 64)], clip_frames=[33])
+    rows = [{"file": str(path), "seconds": 1.4} for path in sorted(folder.rglob("*.mp4"))]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def cpu_seconds() -> tuple[float, float]:
     """Return the CPU time of the decoding processes, and of this one."""
     tick = os.sysconf("SC_CLK_TCK")
@@ -126,7 +136,12 @@ def main() -> None:
     parser.add_argument("--media", type=Path, default=SAMPLE_MEDIA, help="folder with a manifest")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="three small made-up clips, one pass")
     args = parser.parse_args()
+    anchor = 256
+    if args.quick:
+        args.media, args.workers, args.repeats = generated(Path(tempfile.mkdtemp())), 1, 1
+        anchor = 64
     machine = {"device": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     if not (args.media / "manifest.jsonl").is_file():
         reason = f"{args.media}/manifest.jsonl does not exist"
@@ -137,7 +152,7 @@ def main() -> None:
     cfg = DataConfig(
         source=str(manifest),
         latents=str(manifest.parent / "index"),
-        anchors=[256],
+        anchors=[anchor],
         durations=[33],
         max_crop_loss=1.0,
         workers=args.workers,

@@ -158,12 +158,12 @@ def supervise(run_dir: Path) -> int:
     ).run()
 
 
-def replay(folder: Path, seconds: float) -> dict[int, list[Goodput]]:
+def replay(folder: Path, seconds: float, quick: bool) -> dict[int, list[Goodput]]:
     """Replay all traces at the same time and return their accounts by number of GPUs."""
     jobs: list[tuple[int, Path, subprocess.Popen[bytes]]] = []
-    for gpus in (1024, 16384):
+    for gpus in (16384,) if quick else (1024, 16384):
         every_s = best(GPUS_MTBF_H[gpus] * HOUR_S, Copies(stall_s=STALL_S)).every_s
-        for seed in range(SEEDS):
+        for seed in range(1 if quick else SEEDS):
             run_dir = folder / f"{gpus}-{seed}"
             (run_dir / "checkpoints").mkdir(parents=True)
             (run_dir / "rank.py").write_text(RANK)
@@ -183,7 +183,11 @@ def replay(folder: Path, seconds: float) -> dict[int, list[Goodput]]:
 
 def environment() -> dict[str, str]:
     """Return the variables of child processes: this package first."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def total(accounts: list[Goodput], *uses: Use) -> float:
@@ -262,12 +266,13 @@ def real_restart(folder: Path) -> dict[str, float]:
     }
 
 
-def checkpoint_stall(path: str) -> tuple[float, float]:
+def checkpoint_stall(path: str, quick: bool) -> tuple[float, float]:
     """Return stall and gigabytes per rank from the checkpoint benchmark's JSON, or run it small."""
     if path:
         text = Path(path).read_text()
     else:
-        command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--quick"]
+        size = ["--quick"] if quick else ["--parts", "4", "--every", "5", "--rounds", "2"]
+        command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), *size]
         text = subprocess.run(
             command, capture_output=True, text=True, env=environment(), check=True
         ).stdout
@@ -307,12 +312,17 @@ def main() -> None:
     parser.add_argument("--allowance-s", type=float, default=15.0, help="what this machine lacks")
     parser.add_argument("--hang-s", type=float, default=60.0, help="of the watchdog, at full size")
     parser.add_argument("--supervise", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="one short trace, no real run")
     options = parser.parse_args()
     if options.supervise:
         sys.exit(supervise(options.supervise))
+    if options.quick:
+        options.seconds, options.restart_s = 1.0, options.restart_s or 3.0
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for gpus, accounts in replay(Path(scratch) / "traces", options.seconds).items():
+        for gpus, accounts in replay(
+            Path(scratch) / "traces", options.seconds, options.quick
+        ).items():
             found = compare(accounts)
             for name, value in found.items():
                 figures[f"replay_{gpus}_{name}"] = figure(value)
@@ -320,7 +330,7 @@ def main() -> None:
             figures[f"replay_{gpus}_error"] = figure(
                 error, f"<= {ERROR_TARGET}", error <= ERROR_TARGET
             )
-        stall_s, gigabytes = checkpoint_stall(options.checkpoint_json)
+        stall_s, gigabytes = checkpoint_stall(options.checkpoint_json, options.quick)
         restart = {"detection_s": 0.0, "restart_s": options.restart_s}
         if options.restart_s is None:
             restart = real_restart(Path(scratch))

@@ -356,18 +356,18 @@ def main() -> None:
     quick = arguments.quick
     torch.set_num_threads(1)
     cfg = DataConfig(workers=THREADS)
-    rows, huge = (100_000, 10_000_000) if quick else (10_000_000, 100_000_000)
+    rows, huge = (20_000, 1_000_000) if quick else (10_000_000, 100_000_000)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        kinds = write_shards(folder, (24 if quick else 192) << 20)
+        kinds = write_shards(folder, (4 if quick else 192) << 20)
         store = open_store(folder, write_index(folder, kinds), kinds[0], cfg)
         load = os.getloadavg()[0]
-        figures = throughput(store, 3 if quick else 7)
+        figures = throughput(store, 1 if quick else 7)
         clips = [kind for kind in kinds if kind.bucket == Bucket(65, 256, 448)]
         index = write_full(folder, clips, rows)
         times = [first_batch_s(folder, index, clips[0], cfg) for _ in range(3)]
         figures["first_batch_s"] = {**at_most(max(times), 3.0), "rows": rows}
-        grown = growth_gb(folder, clips, huge, 20 if quick else 100)
+        grown = growth_gb(folder, clips, huge, 5 if quick else 100)
         figures["index_memory_gb"] = {**at_most(grown, 1.0), "rows": huge}
     machine = {
         "device": platform.machine(),

@@ -38,9 +38,9 @@ from hunyuan_train.runtime.dist import close_world, init_world
 TARGET = 1.05
 
 
-def prepare(folder: Path, device: str, tokens: int) -> TrainRun:
+def prepare(folder: Path, device: str, tokens: int, clips: int) -> TrainRun:
     """Make a latent store of generated clips and build a run on it."""
-    write_shapes_dataset(folder / "clips", 48, 1, 0, frame_sizes=[(96, 96)], clip_frames=[17])
+    write_shapes_dataset(folder / "clips", clips, 1, 0, frame_sizes=[(96, 96)], clip_frames=[17])
     cfg = compose_config(
         [
             "data=shapes",
@@ -114,11 +114,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tokens", type=int, default=4320, help="image tokens in a step")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="one short clip, two repeats")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(Path(folder), arguments.device, arguments.tokens)
-        pairs = measure(run, 8 if arguments.quick else 30)
+        tokens, clips, repeats = arguments.tokens, 48, 30
+        if arguments.quick:
+            tokens, clips, repeats = 180, 2, 2
+        run = prepare(Path(folder), arguments.device, tokens, clips)
+        pairs = measure(run, repeats)
         close_world()
     ratio = statistics.median(full / bare for full, bare in pairs)
     figures = {

@@ -203,10 +203,10 @@ def holds(value: float, target: str, good: bool) -> dict[str, Any]:
 
 def cpu_figures(quick: bool) -> dict[str, Any]:
     """Measure over gloo."""
-    repeats = 3 if quick else 9
-    shape = (1, 256 if quick else 1024, 4, 64)
+    repeats = 1 if quick else 9
+    shape = (1, 128 if quick else 1024, 4, 64)
     ranks = in_processes(traffic, RANKS, shape, False, repeats)
-    wide = in_processes(traffic, RANKS, (1, 512, 16, 128), True, repeats)
+    wide = in_processes(traffic, RANKS, (1, 128 if quick else 512, 16, 128), True, repeats)
     elements = 2 * shape[0] * shape[1] * shape[2] * shape[3]  # k and v of a chunk
     hops = RANKS - 1
     # bf16 keys on every hop; the backward adds float32 gradients on as many.
@@ -227,7 +227,7 @@ def cpu_figures(quick: bool) -> dict[str, Any]:
         figures[f"{name}_hidden_under_sleep"] = holds(share, f">= {HIDDEN_TARGET}", good)
         share = statistics.median(x for r in ranks for x in r[f"{name}_hidden"])
         figures[f"{name}_hidden_under_kernels"] = {"value": share}
-    tokens = 1024 if quick else 4096
+    tokens = 256 if quick else 4096
     times = in_processes(speeds, 2, (1, tokens, 4, 64), repeats)
     plain = times[0]["sdpa"]
     for name in ("ring", "ulysses"):

@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="three repeats")
+    parser.add_argument("--quick", action="store_true", help="one repeat")
     parser.add_argument("--case", default="", help="measure only this case")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
@@ -176,7 +176,7 @@ def main() -> None:
     for case in cases:
         if args.case and case.name != args.case:
             continue
-        repeats = 3 if args.quick else args.repeats
+        repeats = 1 if args.quick else args.repeats
         found = measure(cfg, case, args.device, getattr(torch, args.dtype), repeats)
         print(f"{case.name}: ours {found['ours_s']:.4f} s, diffusers {found['diffusers_s']:.4f} s")
         figures[f"ratio_{case.name}"] = {
