@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.config.compose import compose_config
-from hunyuan_train.engine.build import lay_out
+from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.engine.build import init_weights, lay_out
+from hunyuan_train.engine.state import TrainState
+from hunyuan_train.engine.step import train_step
+from hunyuan_train.engine.trial import MicroBatch, make_batch
 from hunyuan_train.memory.config import AveragePlace, MemoryConfig, Place, StateType, WeightType
 from hunyuan_train.memory.estimate import Layout, Work, estimate
 from hunyuan_train.memory.states import FLOAT32_STATES, state_bytes
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import build_updates
 from hunyuan_train.parallel.mesh import Axes
+from hunyuan_train.resilience.guard import Guard
+from hunyuan_train.runtime.dist import World
 
 YAML = Path(__file__).parents[2] / "conf" / "memory" / "one_h200.yaml"
 GIB = 2**30
@@ -106,3 +112,37 @@ def test_choices_that_do_not_go_together_end_in_a_sentence(overrides, message):
     model, _ = lay_out(replace(composed(), model=small), Axes.alone(), torch.device("meta"))
     with pytest.raises(ValueError, match=message):
         build_updates(model, cfg.parallel, cfg.optimizer, cfg.memory)
+
+
+def test_a_loss_the_guard_refuses_is_refused_before_the_backward(monkeypatch):
+    small = ("num_double_blocks=1", "num_single_blocks=1", "refiner_depth=1")
+    cfg = compose_config(["model=tiny", "memory=one_h200", *(f"model.{field}" for field in small)])
+    cpu = torch.device("cpu")
+    model, rules = lay_out(cfg, Axes.alone(), cpu)
+    updates = build_updates(model, cfg.parallel, cfg.optimizer, cfg.memory, 0)
+    init_weights(updates, rules, 0)
+    weights = updates.local_weights()
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    state = TrainState(
+        model=model,
+        updates=updates,
+        ema=Ema(model.module, cfg.optimizer, weights),
+        loader=None,
+        guard=Guard(cfg.resilience),
+        skipped_updates=torch.zeros(()),
+    )
+    world = World(rank=0, local_rank=0, size=1, device=cpu)
+    batch = make_batch(cfg, MicroBatch(Bucket(1, 64, 64), (8,)), 0, 8)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "screen", lambda guard, loss, norm, kind="": norm + torch.inf)
+        metrics = train_step(state, [batch], cfg, world, 1.0)
+    assert torch.isfinite(metrics.grad_norm)
+    assert metrics.grad_norm > 0
+    assert state.skipped_updates == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    train_step(state, [batch], cfg, world, 1.0)
+    assert state.skipped_updates == 1
+    assert not all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    with pytest.raises(ValueError, match=r"this update has several micro-steps; set stage.micro"):
+        train_step(state, [batch, batch], cfg, world, 1.0)
