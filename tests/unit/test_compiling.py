@@ -82,10 +82,7 @@ def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def test_few_graphs_serve_all_blocks_and_buckets_in_every_mode() -> None:
-    """Two classes of two blocks; 8 buckets, texts of 4 lengths, masks or none, train and eval.
-
-    With 16 rows of latents a bucket has 192 image tokens, which is also 3 times the model's width.
-    """
+    """Two classes of two blocks; 8 buckets, texts of 4 lengths, masks or none, train and eval."""
     cfg = tiny(2, 2)
     counter = CompileCounterWithBackend("eager")
     truth = build(cfg, replace(MEMORY, compile=False), "eager")
