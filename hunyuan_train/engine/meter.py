@@ -36,7 +36,7 @@ class StepMeter:
         self._logger = MetricLogger(
             run.folder, cfg.logging, run.world.rank, start_step=step, run_config=config_dict(cfg)
         )
-        self._throughput = Throughput(self._peak.tflops, run.world.size)
+        self._throughput = Throughput(self._peak, run.world.size)
         path = run.folder / FILE_NAME if run.world.rank == 0 else None
         axes, device = run.state.model.axes, run.world.device
         self._buckets = BucketMeter(run.state.loader.buckets, axes, device, path, step)
@@ -69,7 +69,12 @@ class StepMeter:
         """Count one step and the seconds it waited for its data."""
         self._steps.append(metrics)
         self._balance.append(self._run.state.loader.balance.step)
-        self._throughput.add(tokens=metrics.tokens, flops=metrics.flops, data_wait_s=data_wait_s)
+        self._throughput.add(
+            tokens=metrics.tokens,
+            flops=metrics.flops,
+            computed_flops=metrics.computed_flops,
+            data_wait_s=data_wait_s,
+        )
         self._progress.advance(self._run.state.step)
 
     def emit(self, clock: Clock) -> None:

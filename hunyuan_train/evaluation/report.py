@@ -91,7 +91,7 @@ class StageCurves:
             if values:
                 result["steps" if key == "step" else key] = max(values)
         steps = self._steps_per_row()
-        for key in ("tokens_per_s", "tflops", "mfu", "data_wait"):
+        for key in ("tokens_per_s", "tflops", "mfu", "hfu", "data_wait"):
             weighted = [
                 (row[key], count)
                 for row, count in zip(self.rows, steps, strict=True)

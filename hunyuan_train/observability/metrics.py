@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.observability.config import LoggingConfig
+from hunyuan_train.observability.flops import Peak
 from hunyuan_train.observability.trackers import Tracker, build_trackers
 
 Value = Tensor | float | int | str
@@ -84,33 +85,37 @@ class MetricLogger:
 class Throughput:
     """Counts work since the last reading and turns it into rates."""
 
-    def __init__(self, peak_tflops: float, world_size: int = 1) -> None:
+    def __init__(self, peak: Peak, world_size: int = 1) -> None:
         """Start the clock.
 
         Args:
-            peak_tflops: Peak of one device in TFLOP/s, from
-                :func:`hunyuan_train.observability.flops.peak_tflops`.
+            peak: Of one device.
             world_size: Devices that share the work counted by :meth:`add`.
         """
-        self._peak = peak_tflops
+        self._peak = peak
         self._world_size = world_size
         self._reset()
 
     def _reset(self) -> None:
         self._started_s = time.perf_counter()
-        self._steps, self._tokens, self._flops, self._wait_s = 0, 0, 0.0, 0.0
+        self._steps, self._tokens, self._wait_s = 0, 0, 0.0
+        self._flops = self._computed = 0.0
 
-    def add(self, *, tokens: int, flops: float, data_wait_s: float = 0.0) -> None:
+    def add(
+        self, *, tokens: int, flops: float, computed_flops: float, data_wait_s: float = 0.0
+    ) -> None:
         """Count one step.
 
         Args:
             tokens: Latent tokens of the step on all ranks.
             flops: Model FLOPs of the step on all ranks.
+            computed_flops: Those and what was computed again.
             data_wait_s: Seconds this rank waited for its data.
         """
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
+        self._computed += computed_flops
         self._wait_s += data_wait_s
 
     def take(self) -> dict[str, float]:
@@ -120,16 +125,24 @@ class Throughput:
         of the launches.
 
         Returns:
-            ``step_s`` seconds per step, ``tokens_per_s`` over all ranks, ``tflops`` per device,
-            ``mfu`` in [0, 1] and ``data_wait`` the share of the time this rank waited for data.
+            ``step_s`` seconds per step, ``tokens_per_s`` over all ranks, ``tflops`` of the model
+            per device, ``mfu`` that over the peak, ``hfu`` the same with what is computed again,
+            both also over the measured peak (``mfu_measured``, ``hfu_measured``), and ``data_wait``
+            the share of the time this rank waited for data.
         """
         elapsed_s = max(time.perf_counter() - self._started_s, 1e-9)
-        tflops = self._flops / elapsed_s / self._world_size / 1e12
+        tflops, computed = (
+            flops / elapsed_s / self._world_size / 1e12 for flops in (self._flops, self._computed)
+        )
+        sheet, measured = self._peak.tflops, self._peak.measured_tflops
         rates = {
             "step_s": elapsed_s / max(self._steps, 1),
             "tokens_per_s": self._tokens / elapsed_s,
             "tflops": tflops,
-            "mfu": tflops / self._peak,
+            "mfu": tflops / sheet,
+            "mfu_measured": tflops / measured,
+            "hfu": computed / sheet,
+            "hfu_measured": computed / measured,
             "data_wait": self._wait_s / elapsed_s,
         }
         self._reset()

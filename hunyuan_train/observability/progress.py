@@ -35,6 +35,7 @@ def format_row(row: Mapping[str, float | int | str]) -> str:
         "tokens_per_s": "{:,.0f} tok/s",
         "tflops": "{:.3g} TFLOP/s",
         "mfu": "MFU {:.1%}",
+        "hfu": "HFU {:.1%}",
         "data_wait": "data wait {:.1%}",
     }
     return "  ".join(form.format(row[name]) for name, form in forms.items() if name in row)

@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hunyuan_train.observability.config import LoggingConfig, ProgressKind, WandbMode
+from hunyuan_train.observability.flops import Peak
 from hunyuan_train.observability.logging import setup_logging
 from hunyuan_train.observability.metrics import MetricLogger, Throughput, to_host
 from hunyuan_train.observability.progress import Progress, format_duration, format_row
@@ -144,12 +145,22 @@ def test_missing_wandb_is_one_sentence_with_the_fix(
 def test_rates_follow_from_work_and_time(monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr("hunyuan_train.observability.metrics.time.perf_counter", lambda: now[0])
-    throughput = Throughput(peak_tflops=10.0, world_size=2)
-    throughput.add(tokens=300, flops=4e12, data_wait_s=0.5)
-    throughput.add(tokens=100, flops=4e12)
+    peak = Peak(tflops=10.0, measured_tflops=8.0, source="data sheet", device="made up")
+    throughput = Throughput(peak, world_size=2)
+    throughput.add(tokens=300, flops=4e12, computed_flops=6e12, data_wait_s=0.5)
+    throughput.add(tokens=100, flops=4e12, computed_flops=4e12)
     now[0] = 102.0
     assert throughput.take() == pytest.approx(
-        {"step_s": 1.0, "tokens_per_s": 200.0, "tflops": 2.0, "mfu": 0.2, "data_wait": 0.25}
+        {
+            "step_s": 1.0,
+            "tokens_per_s": 200.0,
+            "tflops": 2.0,
+            "mfu": 0.2,
+            "mfu_measured": 0.25,
+            "hfu": 0.25,
+            "hfu_measured": 0.3125,
+            "data_wait": 0.25,
+        }
     )
     now[0] = 103.0
     assert throughput.take()["tokens_per_s"] == 0.0
@@ -168,6 +179,7 @@ def test_the_plain_line_holds_what_people_watch(
         "tokens_per_s": 12345.6,
         "tflops": 1.25,
         "mfu": 0.5,
+        "hfu": 0.6,
         "data_wait": 0.012,
     }
     with (
@@ -178,7 +190,7 @@ def test_the_plain_line_holds_what_people_watch(
         progress.show(40, row)
     assert caplog.messages == [
         "image 40/120  loss 0.2500  norm 1.500  lr 1.00e-04  12,346 tok/s  1.25 TFLOP/s  "
-        "MFU 50.0%  data wait 1.2%  ETA 40s"
+        "MFU 50.0%  HFU 60.0%  data wait 1.2%  ETA 40s"
     ]
 
 
