@@ -11,7 +11,7 @@ VERBS = {
     "train-vae": "train a VAE on the clips of data.source, into run.vae",
     "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",
-    "plan": "what a run would do, before it does: `plan data` shows buckets, shares and balance",
+    "plan": "layouts that fit a cluster and what they take; `plan data`, `plan verify`",
     "sample": "videos from a run's weights and prompts",
     "convert": "weights between the official, our and the diffusers layout",
     "report": "curves, samples and figures of a run as one HTML page",

@@ -16,7 +16,8 @@ from hunyuan_train.checkpoint.tensor_digest import boxes, digest_boxes
 from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.engine.data import build_loader, open_data
+from hunyuan_train.engine.data import build_loader, open_data, token_limit
+from hunyuan_train.engine.fitting import fit_kernels, fit_memory
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
@@ -74,17 +75,21 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     axes = build_axes(cfg.parallel, world.device.type, world.size)
     model, rules = lay_out(cfg, axes, world.device)
     parameters = sum(p.numel() for p in build_on_meta(cfg).parameters())
-    loader = build_loader(cfg, stores, parameters, model.axes, world)
+    tokens = token_limit(cfg, parameters, world, model.axes)
+    loader = build_loader(cfg, stores, tokens, model.axes, world)
     check_sequence({str(bucket): bucket.tokens for bucket in loader.buckets}, cfg.parallel)
-    updates = build_updates(model, cfg.parallel, cfg.optimizer)
+    modes = fit_memory(cfg, world, loader.buckets, tokens)
+    fit_kernels(cfg, world, loader.buckets)
+    updates = build_updates(model, cfg.parallel, cfg.optimizer, cfg.memory, cfg.run.seed)
     init_weights(updates, rules, cfg.run.seed)
     state = TrainState(
         model=model,
         updates=updates,
-        ema=Ema(model.module, cfg.optimizer, updates.local_weights()),
+        ema=Ema(model.module, cfg.optimizer, updates.local_weights(), cfg.memory.ema),
         loader=loader,
         guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
+        modes=modes,
     )
     folder = Path(cfg.run.dir)
     run = TrainRun(
@@ -111,7 +116,8 @@ def build_checkpoints(cfg: RunConfig) -> CheckpointManager:
 
 def build_snapshots(cfg: RunConfig, world: World) -> Snapshots:
     """Return the copies of the state in memory; another layout or model cannot use them."""
-    layout = [config_dict(cfg.parallel), config_dict(cfg.model), cfg.stage.name]
+    states = [cfg.memory.weights, cfg.memory.optimizer_states, cfg.memory.ema]
+    layout = [config_dict(cfg.parallel), config_dict(cfg.model), cfg.stage.name, states]
     return Snapshots(
         cfg.run.dir,
         cfg.resilience,

@@ -18,6 +18,7 @@ from hunyuan_train.config.run import CertifyWidth
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.certified import is_certified, remember
 from hunyuan_train.engine.trial import MicroBatch, TrialResult, reference_config, run_trial
+from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.optim.updates import Updates
 from hunyuan_train.parallel.mesh import Axes, build_axes
 from hunyuan_train.parallel.view import parts_beside
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 
 SMALL_HEAD = 8
 """Channels per head of a small slice."""
+
+_EXACT_STATES = {
+    name: getattr(MemoryConfig(), name)
+    for name in ("weights", "optimizer_states", "optimizer_device", "fused_backward", "ema")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,12 @@ def compare(
     started = time.perf_counter()
     axes = build_axes(cfg.parallel, world.device.type, world.size)
     micro = len(shapes) // axes.size("dp")
-    laid_out = replace(cfg, stage=replace(cfg.stage, micro_steps=micro))
+    laid_out = replace(
+        cfg,
+        stage=replace(cfg.stage, micro_steps=micro),
+        # Rounded weights and moments would blur what the layout does.
+        memory=replace(cfg.memory, **_EXACT_STATES),
+    )
     ours = run_trial(laid_out, axes, world, shapes, cfg.certify.steps)
     errors = _errors(ours, alone, axes)
     merged = {

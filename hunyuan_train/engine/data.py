@@ -18,7 +18,9 @@ from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.store import LatentStore, SampleStore
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.precompute import build_latent_encoder
+from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import Shards, max_tokens
+from hunyuan_train.memory.states import state_bytes
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.device import total_memory_bytes
 from hunyuan_train.runtime.dist import World
@@ -124,7 +126,13 @@ def token_limit(cfg: RunConfig, parameters: int, world: World, axes: Axes) -> in
     memory = total_memory_bytes(world.device)
     if world.device.type == "cpu":
         memory //= world.size
-    tokens = max_tokens(cfg.model, parameters, memory, narrow, shards)
+    # Where recompute is chosen by bucket, a batch that needs none beats a larger one that does.
+    chosen = cfg.memory.recompute
+    mode = Recompute.none if chosen is Recompute.auto else chosen
+    states = state_bytes(cfg.memory)
+    tokens = max_tokens(
+        cfg.model, parameters, memory, narrow, shards, recompute=mode, state_bytes=states
+    )
     log.info(
         "data.max_tokens=0: %d tokens a micro-batch by estimate of %.1f GiB", tokens, memory / 2**30
     )
@@ -169,14 +177,20 @@ def build_planner(
 
 
 def build_loader(
-    cfg: RunConfig, stores: dict[str, SampleStore], parameters: int, axes: Axes, world: World
+    cfg: RunConfig, stores: dict[str, SampleStore], tokens: int, axes: Axes, world: World
 ) -> BucketLoader:
     """Return the loader of this rank; ranks of one ``model`` group get the same batches.
+
+    Args:
+        cfg: selection, shares, sizes of an update, model.
+        stores: opened stores by source name.
+        tokens: image tokens that fit into one micro-batch.
+        axes: this rank's place.
+        world: all ranks.
 
     Raises:
         ValueError: nothing is selected, or shares ask for what is not there.
     """
-    tokens = token_limit(cfg, parameters, world, axes)
     planner = build_planner(cfg, stores, axes.size("dp"), tokens)
     return BucketLoader(
         list(stores.values()),

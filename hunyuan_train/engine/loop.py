@@ -34,6 +34,10 @@ FREE_TO_CHANGE = (
     "sample.",
     "certify.",
     *(
+        f"memory.{field}"
+        for field in ("recompute", "offload", "optimizer_device", "fused_backward")
+    ),
+    *(
         f"data.{field}"
         for field in (
             "workers", "worker_timeout_s", "prefetch_gib", "retries", "local_cache", "verify",

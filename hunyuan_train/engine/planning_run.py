@@ -16,11 +16,13 @@ from hunyuan_train.data.store import META
 from hunyuan_train.engine.data import open_stores
 from hunyuan_train.engine.plan_report import RunPlan
 from hunyuan_train.memory.cluster import ClusterConfig
-from hunyuan_train.memory.config import Recompute, Switch
+from hunyuan_train.memory.config import MemoryConfig, Recompute, Switch
 from hunyuan_train.memory.estimate import Layout, Work
 from hunyuan_train.memory.planner import CLOSE, MODES, Choice, LayoutPlan, Options, Planner, Shape
-from hunyuan_train.memory.recompute import mode_of
-from hunyuan_train.parallel.config import ReduceEvery
+from hunyuan_train.memory.recompute import BucketMode
+from hunyuan_train.memory.states import state_bytes
+from hunyuan_train.parallel.config import ReduceEvery, ZeroEngine
+from hunyuan_train.runtime.device import Machine
 
 
 def plan_run(cfg: RunConfig) -> RunPlan:
@@ -105,6 +107,7 @@ def search_options(cfg: RunConfig, grids: int) -> Options:
         grids=grids,
         kernel=memory.attention.value,
         fused=memory.kernels is not Switch.off,
+        states=state_bytes(memory),
     )
 
 
@@ -122,44 +125,70 @@ def layout_of(cfg: RunConfig, world_size: int) -> Layout:
         zero_stage=parallel.zero_stage,
         compute_bytes=_value_bytes(parallel.compute_dtype),
         reduce_bytes=_value_bytes(parallel.reduce_dtype),
+        weight_bytes=int(state_bytes(cfg.memory).weight),
         whole_gradients=several and parallel.reduce_every is not ReduceEvery.micro_step,
     )
 
 
 def check_fits(
-    cfg: RunConfig, world_size: int, gpu_bytes: float, buckets: Mapping[Bucket, int]
-) -> dict[Bucket, Recompute]:
-    """Return the recompute of every bucket, the least that fits where ``memory`` leaves it open.
+    cfg: RunConfig, world_size: int, device: Machine, buckets: Mapping[Bucket, int]
+) -> dict[Bucket, BucketMode]:
+    """Return how the activations of every bucket are kept: the cheapest that ``memory`` allows.
+
+    Where ``memory`` leaves it open that is the least recompute that fits, and with
+    ``memory.offload=auto`` nothing is moved to the host unless all of them are too large without.
 
     Args:
         cfg: Config of the run.
         world_size: Its ranks.
-        gpu_bytes: Memory of one rank's device.
+        device: What one rank has.
         buckets: Largest micro-batch of each bucket.
 
     Raises:
         ValueError: a bucket does not fit; the message names its size and the nearest that does.
     """
     options = search_options(cfg, len(buckets))
-    planner = _planner_here(cfg, world_size, gpu_bytes, options)
+    planner = _planner_here(cfg, world_size, device, options)
     layout = layout_of(cfg, world_size)
-    found: dict[Bucket, Recompute] = {}
+    found: dict[Bucket, BucketMode] = {}
     for bucket, batch in sorted(buckets.items(), key=lambda item: -item[0].tokens * item[1]):
         shape = _shape(cfg, bucket)
         points = {
             mode: planner.measure(layout, shape, _work(cfg, bucket, batch, mode, len(buckets)))
-            for mode in MODES
+            for mode in modes_allowed(cfg.memory, str(bucket))
         }
-        fitting = {mode for mode, point in points.items() if planner.fits(point.memory)}
-        mode = mode_of(cfg.memory, str(bucket), fitting.__contains__)
-        if mode not in fitting:
+        mode = next((mode for mode in points if planner.fits(points[mode].memory)), None)
+        if mode is None:
             options = dataclasses.replace(
                 options, modes=MODES, offload_shares=(0.0, cfg.memory.offload_share)
             )
-            free = _planner_here(cfg, world_size, gpu_bytes, options)
-            raise ValueError(_too_large(cfg, free, points[mode], bucket, buckets, gpu_bytes))
+            free = _planner_here(cfg, world_size, device, options)
+            least = min(points.values(), key=lambda point: point.memory.total)
+            raise ValueError(_too_large(cfg, free, least, bucket, buckets, device.memory_bytes))
         found[bucket] = mode
+    if cfg.parallel.zero_engine is ZeroEngine.deepspeed and cfg.parallel.zero_stage == 3:
+        # Its gathers depend on the mode, so that of the bucket that needs most is that of all.
+        most = max(found.values(), key=lambda mode: MODES.index(mode.recompute))
+        found = dict.fromkeys(found, most)
     return found
+
+
+def modes_allowed(memory: MemoryConfig, bucket: str) -> list[BucketMode]:
+    """Return the ways to keep the activations of ``bucket`` that ``memory`` allows, cheapest first.
+
+    What keeps everything has nothing that could be moved.
+    """
+    wanted = Recompute(memory.recompute_of.get(bucket, memory.recompute))
+    modes = MODES if wanted is Recompute.auto else (wanted,)
+    still = [BucketMode(mode, offload=False) for mode in modes]
+    moved = [BucketMode(mode, offload=True) for mode in modes if mode is not Recompute.none]
+    match memory.offload:
+        case Switch.off:
+            return still
+        case Switch.on:
+            return [mode for mode in still if mode.recompute is Recompute.none] + moved
+        case Switch.auto:
+            return still + moved
 
 
 def overrides(cfg: RunConfig, plan: LayoutPlan, choices: Mapping[Bucket, Choice]) -> list[str]:
@@ -191,8 +220,8 @@ def layout_overrides(layout: Layout) -> list[str]:
     return [*values, f"parallel.reduce_every={every}"]
 
 
-def _planner_here(cfg: RunConfig, world_size: int, gpu_bytes: float, options: Options) -> Planner:
-    """Return the search on the ranks that are here, whatever ``cluster`` says of their number."""
+def _planner_here(cfg: RunConfig, world_size: int, device: Machine, options: Options) -> Planner:
+    """Return the search on the ranks that are here, whatever ``cluster`` says of them."""
     per_node = min(world_size, cfg.cluster.gpus_per_node)
     if world_size % per_node:
         per_node = world_size
@@ -200,19 +229,20 @@ def _planner_here(cfg: RunConfig, world_size: int, gpu_bytes: float, options: Op
         cfg.cluster,
         nodes=world_size // per_node,
         gpus_per_node=per_node,
-        memory_gib=gpu_bytes / 2**30,
+        memory_gib=device.memory_bytes / 2**30,
+        host_gib=device.host_bytes / 2**30,
+        context_gib=cfg.cluster.context_gib if device.is_gpu else 0.0,
     )
     return Planner(cfg.model, here, options)
 
 
-def _work(cfg: RunConfig, bucket: Bucket, batch: int, mode: Recompute, grids: int) -> Work:
-    moves = cfg.memory.offload is not Switch.off and mode is not Recompute.none
+def _work(cfg: RunConfig, bucket: Bucket, batch: int, mode: BucketMode, grids: int) -> Work:
     return Work(
         img_tokens=bucket.tokens,
         txt_tokens=cfg.text.max_length,
         batch=batch,
-        recompute=mode,
-        offload_share=cfg.memory.offload_share if moves else 0.0,
+        recompute=mode.recompute,
+        offload_share=cfg.memory.offload_share if mode.offload else 0.0,
         grids=grids,
     )
 

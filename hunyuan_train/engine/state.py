@@ -1,11 +1,14 @@
-"""What survives a restart, and nothing else."""
+"""What survives a restart."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.loader import BucketLoader
+from hunyuan_train.memory.recompute import BucketMode
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, viewed
 from hunyuan_train.parallel.apply import ParallelModel
@@ -27,6 +30,8 @@ class TrainState:
     """Optimizer updates done, skipped ones included."""
     samples: int = 0
     tokens: int = 0
+    modes: Mapping[Bucket, BucketMode] = field(default_factory=dict)
+    """What blocks keep of each bucket's micro-batches, as planned for this device; no state."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the live weights and their average, if any, as parts of the whole model."""

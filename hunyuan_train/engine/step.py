@@ -1,7 +1,7 @@
 """One optimizer update: micro-batches in, reduced numbers out."""
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.state import TrainState
-from hunyuan_train.memory.recompute import mode_of, set_recompute
+from hunyuan_train.memory.config import Recompute
+from hunyuan_train.memory.recompute import BucketMode, set_recompute
 from hunyuan_train.models.hunyuan.text_refiner import trim_text
 from hunyuan_train.objectives.conditioning import (
     apply_text_drop,
@@ -26,7 +27,7 @@ from hunyuan_train.objectives.flow_matching import (
 )
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.objectives.timesteps import sample_sigmas
-from hunyuan_train.observability.flops import dit_forward_flops
+from hunyuan_train.observability.flops import ForwardFlops, dit_forward_flops
 from hunyuan_train.optim.schedule import learning_rate
 from hunyuan_train.optim.updates import update_weights
 from hunyuan_train.parallel.mesh import Axes
@@ -61,6 +62,9 @@ class StepMetrics:
     tokens: int
     samples: int
     flops: float
+    """Of the model, forward and backward."""
+    computed_flops: float
+    """Those and what is computed again in the backward."""
     lr: float
     kind: str
     """Tokens of its largest sample over all ranks: losses are comparable within a kind."""
@@ -140,6 +144,11 @@ def build_inputs(
 
 def training_flops(batch: Batch, cfg: RunConfig) -> int:
     """Return the model FLOPs of one micro-batch, forward and backward."""
+    return forward_flops(batch, cfg).training
+
+
+def forward_flops(batch: Batch, cfg: RunConfig) -> ForwardFlops:
+    """Count the forward pass of one micro-batch."""
     model = cfg.model
     return dit_forward_flops(
         batch=len(batch.sample_ids),
@@ -155,27 +164,45 @@ def training_flops(batch: Batch, cfg: RunConfig) -> int:
         pooled_dim=model.pooled_dim,
         refiner_depth=model.refiner_depth,
         guidance_embed=model.guidance_embed,
-    ).training
+    )
 
 
-def global_counts(batches: list[Batch], cfg: RunConfig, axes: Axes) -> tuple[int, int, float, str]:
-    """Return tokens, samples and FLOPs of the step over all ranks with distinct data, and its kind.
+class GlobalCounts(NamedTuple):
+    """What a step has over all ranks with distinct data."""
 
-    The kind is the image tokens of the largest sample, as text.
-    """
+    tokens: int
+    samples: int
+    flops: float
+    """Of the model, forward and backward."""
+    computed_flops: float
+    """Those and what is computed again."""
+    kind: str
+    """The image tokens of the largest sample."""
+
+
+def global_counts(
+    batches: list[Batch], modes: list[BucketMode], cfg: RunConfig, axes: Axes
+) -> GlobalCounts:
+    """Add up the work of a step, whose micro-batches keep their activations as ``modes`` say."""
     ranks, rank = axes.size("dp"), axes.rank("dp")
     # One row per rank, so that one sum also finds a maximum.
-    counts = torch.zeros(ranks, 4, dtype=torch.float64)
-    for batch in batches:
+    counts = torch.zeros(ranks, 5, dtype=torch.float64)
+    for batch, mode in zip(batches, modes, strict=True):
         if not batch.weight:  # only there because other ranks have one more
             continue
         samples, tokens = len(batch.sample_ids), batch.bucket.tokens
-        row = [samples * tokens, samples, training_flops(batch, cfg)]
-        counts[rank, :3] += torch.tensor(row, dtype=torch.float64)
-        counts[rank, 3] = max(counts[rank, 3].item(), tokens)
+        flops = forward_flops(batch, cfg)
+        computed = flops.computed(
+            linear_again=mode.recompute is not Recompute.none,
+            attention_again=mode.recompute is Recompute.full,
+        )
+        row = [samples * tokens, samples, flops.training, computed]
+        counts[rank, :4] += torch.tensor(row, dtype=torch.float64)
+        counts[rank, 4] = max(counts[rank, 4].item(), tokens)
     counts = axes.sum(counts, "dp")
-    tokens, samples, flops, _ = counts.sum(dim=0).tolist()
-    return int(tokens), int(samples), flops, f"{int(counts[:, 3].max())} tokens"
+    tokens, samples, flops, computed, _ = counts.sum(dim=0).tolist()
+    kind = f"{int(counts[:, 4].max())} tokens"
+    return GlobalCounts(int(tokens), int(samples), flops, computed, kind)
 
 
 def global_loss(losses: list[Tensor], tokens: int, axes: Axes) -> Tensor:
@@ -204,17 +231,22 @@ def train_step(
     on the device and counted.
     """
     updates, axes = state.updates, state.model.axes
-    tokens, samples, flops, kind = global_counts(batches, cfg, axes)
+    modes = [
+        state.modes.get(batch.bucket) or BucketMode.of(cfg.memory, str(batch.bucket))
+        for batch in batches
+    ]
+    counts = global_counts(batches, modes, cfg, axes)
+    tokens, kind = counts.tokens, counts.kind
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
     updates.set_learning_rate(lr)
     micro_steps: list[MicroStep] = []
     watch = Stopwatch(world.device)
     watch.mark()
-    for number, batch in enumerate(batches, start=1):
+    for number, (batch, mode) in enumerate(zip(batches, modes, strict=True), start=1):
         last = number == len(batches)
         heart.phase("forward", str(batch.bucket))
         updates.start_micro_step(last=last)
-        set_recompute(state.model.module, mode_of(cfg.memory, str(batch.bucket)))
+        set_recompute(state.model.module, mode.recompute, mode.offload)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
         predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
         loss = flow_matching_loss(predicted, x.target).sum * batch.weight
@@ -231,14 +263,15 @@ def train_step(
     screened = state.guard.screen(loss, norm, kind)
     state.skipped_updates += update_weights(updates, state.ema, screened, state.step)
     state.step += 1
-    state.samples += samples
+    state.samples += counts.samples
     state.tokens += tokens
     return StepMetrics(
         loss=loss,
         grad_norm=norm,
         tokens=tokens,
-        samples=samples,
-        flops=flops,
+        samples=counts.samples,
+        flops=counts.flops,
+        computed_flops=counts.computed_flops,
         lr=lr,
         kind=kind,
         micro_steps=micro_steps,

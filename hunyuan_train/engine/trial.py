@@ -87,7 +87,7 @@ def run_trial(
         steps: updates, each on new batches.
     """
     model, rules = lay_out(cfg, axes, world.device)
-    updates = build_updates(model, cfg.parallel, cfg.optimizer)
+    updates = build_updates(model, cfg.parallel, cfg.optimizer, cfg.memory, cfg.run.seed)
     init_weights(updates, _nowhere_zero(rules), cfg.run.seed)
     gradients: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
@@ -95,7 +95,7 @@ def run_trial(
     state = TrainState(
         model=model,
         updates=cast(Updates, _Recorder(updates, gradients)),
-        ema=Ema(model.module, cfg.optimizer, updates.local_weights()),
+        ema=Ema(model.module, cfg.optimizer, updates.local_weights(), cfg.memory.ema),
         loader=None,  # pyright: ignore[reportArgumentType]  # batches are made here
         guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),

@@ -328,6 +328,7 @@ def max_tokens(
     shards: Shards,
     reserve: float = 0.15,
     recompute: Recompute = Recompute.none,
+    state_bytes: StateBytes = FLOAT32_STATES,
 ) -> int:
     """Return how many tokens of one micro-batch fit on the ranks that share it.
 
@@ -339,6 +340,7 @@ def max_tokens(
         shards: how the memory is shared.
         reserve: share of the memory left for what the formulas leave out.
         recompute: what is kept of a block.
+        state_bytes: per parameter between updates.
 
     Raises:
         ValueError: the model states alone do not fit.
@@ -350,12 +352,13 @@ def max_tokens(
         cp_ring=shards.cp,
         zero_stage=3 if shards.states > 1 or dtype_bytes == 2 else 0,
         compute_bytes=dtype_bytes,
+        weight_bytes=int(state_bytes.weight),
     )
 
     def total(tokens: int) -> float:
         # Two samples keep more per token than one.
         half = Work(img_tokens=tokens, txt_tokens=0, batch=2, recompute=recompute)
-        return estimate(model, layout, half).total
+        return estimate(model, layout, half, state_bytes).total
 
     free = memory_bytes * (1 - reserve)
     few, many = 0, shards.cp * shards.tp
@@ -365,7 +368,8 @@ def max_tokens(
         middle = (few + many) // 2
         few, many = (middle, many) if total(middle) <= free else (few, middle)
     if not few:
-        states = estimate(model, layout, Work(img_tokens=0, txt_tokens=0)).states
+        nothing = Work(img_tokens=0, txt_tokens=0)
+        states = estimate(model, layout, nothing, state_bytes).states
         raise ValueError(
             f"the states of {parameters:,} parameters take {states / 2**30:.1f} GiB of the "
             f"{memory_bytes / 2**30:.1f} GiB of a rank, so no token fits; raise parallel.tp, "

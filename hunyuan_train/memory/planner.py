@@ -137,6 +137,7 @@ class Planner:
                             dp_replicate=replicate,
                             compute_bytes=options.compute_bytes,
                             reduce_bytes=options.reduce_bytes,
+                            weight_bytes=int(options.states.weight),
                         )
                         yield from self._variants(base, fewest_tokens)
 

@@ -2,6 +2,8 @@
 
 import os
 import time
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -48,6 +50,26 @@ def total_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What one rank has to plan with."""
+
+    memory_bytes: float
+    """Of its device; on a CPU its share of the machine's memory."""
+    host_bytes: float
+    """Of the whole machine, for all ranks on it."""
+    is_gpu: bool = True
+
+    @classmethod
+    def here(cls, device: torch.device, ranks: int) -> Self:
+        """Return what a rank has on this machine, one of ``ranks``."""
+        memory, is_gpu = total_memory_bytes(device), device.type == "cuda"
+        host = total_memory_bytes(torch.device("cpu"))
+        return cls(
+            memory_bytes=memory if is_gpu else memory / ranks, host_bytes=host, is_gpu=is_gpu
+        )
 
 
 class Stopwatch:

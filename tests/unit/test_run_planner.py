@@ -17,16 +17,20 @@ from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import Layout, Work
 from hunyuan_train.memory.planner import Options, Planner, Shape
+from hunyuan_train.memory.recompute import BucketMode
 from hunyuan_train.memory.step_time import TimeModel
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.sharding import hunyuan_sharding_plan
 from hunyuan_train.parallel.apply import check_divisors
 from hunyuan_train.parallel.mesh import mesh_shape
+from hunyuan_train.runtime.device import Machine
 
 MODEL_13B = HunyuanConfig()
 CLIP_720P = Shape(name="129x720x1280", img_tokens=118_800, txt_tokens=256)
 BIG = ["model=hunyuan_video_13b", "text=hunyuan", "parallel.compute_dtype=bfloat16"]
-H100_BYTES = 79.2 * 2**30
+KEEP_ALL = BucketMode(Recompute.none, offload=False)
+H200 = Machine(memory_bytes=139.8 * 2**30, host_bytes=2**40)
+H100 = Machine(memory_bytes=79.2 * 2**30, host_bytes=2**40)
 
 
 def work(mode: Recompute = Recompute.none, batch: int = 1) -> Work:
@@ -149,16 +153,41 @@ def test_shares_of_the_table_follow_the_config() -> None:
     assert images / sum(buckets.values()) == pytest.approx(0.2)
 
 
-def fitting(extra: list[str], world: int, buckets: dict[Bucket, int]) -> dict[Bucket, Recompute]:
-    return check_fits(compose_config([*BIG, *extra]), world, H100_BYTES, buckets)
+def fitting(extra: list[str], world: int, buckets: dict[Bucket, int]) -> dict[Bucket, BucketMode]:
+    return check_fits(compose_config([*BIG, *extra]), world, H100, buckets)
 
 
 def test_recompute_of_a_bucket_is_the_least_that_fits() -> None:
     image, clip = Bucket(1, 256, 256), Bucket(129, 720, 1280)
     modes = fitting(["parallel.cp_ulysses=8"], 8, {image: 4, clip: 1})
-    assert modes == {image: Recompute.none, clip: Recompute.selective}
+    assert modes == {image: KEEP_ALL, clip: BucketMode(Recompute.selective, offload=False)}
     modes = fitting(["parallel.cp_ulysses=8", "memory.recompute=full"], 8, {image: 4, clip: 1})
-    assert set(modes.values()) == {Recompute.full}
+    assert set(modes.values()) == {BucketMode(Recompute.full, offload=False)}
+
+
+def test_what_is_kept_moves_to_the_host_where_it_does_not_fit_or_where_it_is_wanted() -> None:
+    image, clip = Bucket(1, 256, 256), Bucket(129, 720, 1280)
+    moved = fitting(["memory.offload=auto"], 8, {image: 4, clip: 1})
+    assert moved == {image: KEEP_ALL, clip: BucketMode(Recompute.selective, offload=True)}
+    roomy = ["parallel.cp_ulysses=8"]
+    assert not fitting([*roomy, "memory.offload=auto"], 8, {clip: 1})[clip].offload
+    wanted = fitting([*roomy, "memory.offload=on"], 8, {clip: 1})
+    assert wanted[clip] == BucketMode(Recompute.selective, offload=True)
+
+
+def test_deepspeed_that_gathers_in_every_run_of_a_linear_has_one_mode() -> None:
+    image, clip = Bucket(1, 256, 256), Bucket(129, 720, 1280)
+    engine = ["parallel.zero_engine=deepspeed", "parallel.zero_stage=3", "parallel.sp=false"]
+    modes = fitting([*engine, "parallel.cp_ulysses=8"], 8, {image: 4, clip: 1})
+    assert set(modes.values()) == {BucketMode(Recompute.selective, offload=False)}
+
+
+def test_a_cpu_keeps_nothing_back_for_a_gpu_context() -> None:
+    small = Machine(memory_bytes=2**29, host_bytes=2**30, is_gpu=False)
+    cfg = compose_config(["model=tiny"])
+    assert check_fits(cfg, 2, small, {Bucket(5, 64, 64): 2})
+    with pytest.raises(ValueError, match="GiB can be planned"):
+        check_fits(cfg, 2, replace(small, is_gpu=True), {Bucket(5, 64, 64): 2})
 
 
 @pytest.mark.parametrize(
@@ -228,7 +257,7 @@ def test_the_verb_prints_and_writes_a_plan_whose_overrides_compose(
     pasted = (tmp_path / "plan_overrides.txt").read_text().split()
     cfg = compose_config([*arguments, *pasted])
     batches = {Bucket.parse(name): size for name, size in cfg.data.batches.items()}
-    assert check_fits(cfg, 8, cfg.cluster.memory_bytes, batches)
+    assert check_fits(cfg, 8, H200, batches)
 
 
 def test_buckets_are_those_of_the_data_where_there_are_some(tmp_path: Path) -> None:
