@@ -290,7 +290,7 @@ def expected(layout: Layout) -> Traffic:
         traffic["all_reduce", FLOAT] += 1  # the gradient norm
     if layout.dp > 1:
         # A row per rank: tokens, samples, FLOPs and the largest sample of the step.
-        traffic["all_reduce", layout.dp * 4 * 8] += 1
+        traffic["all_reduce", layout.dp * 5 * 8] += 1
         traffic["all_reduce", FLOAT] += 1  # the loss, to show
     if layout.world > layout.dp:
         traffic["all_reduce", FLOAT] += 1  # the loss again: all ranks judge it alike
