@@ -8,6 +8,8 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
+# The demo and the tests start hundreds of processes: each would compile our own files again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test chaos lint types arch test-gpu docs ci bench-all bench-gpu
 

@@ -8,13 +8,13 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket, BucketTable
 from hunyuan_train.data.mixture import cells_of, shares
 from hunyuan_train.data.store import META
 from hunyuan_train.engine.data import open_stores
-from hunyuan_train.engine.plan_report import RunPlan
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig, Recompute, Switch
 from hunyuan_train.memory.estimate import Layout, Work
@@ -24,8 +24,11 @@ from hunyuan_train.memory.states import state_bytes
 from hunyuan_train.parallel.config import ReduceEvery, ZeroEngine
 from hunyuan_train.runtime.device import Machine
 
+if TYPE_CHECKING:
+    from hunyuan_train.engine.plan_report import RunPlan
 
-def plan_run(cfg: RunConfig) -> RunPlan:
+
+def plan_run(cfg: RunConfig) -> "RunPlan":
     """Plan the stage of ``cfg`` on ``cfg.cluster``.
 
     The buckets are those of the data where there are some, with their shares; else all of the
@@ -34,6 +37,8 @@ def plan_run(cfg: RunConfig) -> RunPlan:
     Raises:
         ValueError: no layout fits, or the settings contradict each other.
     """
+    from hunyuan_train.engine.plan_report import RunPlan  # draws, which a training run does not
+
     origin, buckets = planned_buckets(cfg)
     classes = _classes(cfg, buckets)
     planner = Planner(cfg.model, cfg.cluster, search_options(cfg, len(buckets)))
