@@ -289,7 +289,7 @@ def expected(layout: Layout) -> Traffic:
     if parallel.tp > 1 or parallel.zero_stage > 0:
         traffic["all_reduce", FLOAT] += 1  # the gradient norm
     if layout.dp > 1:
-        # A row per rank: tokens, samples, FLOPs of the model and computed, and the largest sample of the step.
+        # A row per rank: tokens, samples, FLOPs twice and the largest sample of the step.
         traffic["all_reduce", layout.dp * 5 * 8] += 1
         traffic["all_reduce", FLOAT] += 1  # the loss, to show
     if layout.world > layout.dp:
