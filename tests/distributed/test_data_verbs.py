@@ -30,7 +30,13 @@ def flip_a_bit(store: Path) -> str:
     return row.sample_id
 
 
-@pytest.mark.parametrize("layout", [["parallel.tp=2"], []], ids=["one group", "two groups"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(["parallel.tp=2"], id="one group"),
+        pytest.param([], id="two groups", marks=pytest.mark.again),
+    ],
+)
 def test_a_damaged_sample_is_replaced_listed_and_counted(
     data: Path, tmp_path: Path, layout: list[str]
 ) -> None:

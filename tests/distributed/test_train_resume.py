@@ -21,6 +21,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process on the global batches of two."""
+    run = tmp_path_factory.mktemp("single")
+    done = run_verb("train", overrides(data, run, "data.planned_ranks=2"))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 def kill_after_step(arguments: list[str], ranks: int, run: Path, step: int) -> None:
     """Start training and kill all its processes with SIGKILL once it has logged ``step``."""
     process = subprocess.Popen(
@@ -95,17 +104,16 @@ def test_sigterm_saves_and_exits_with_its_own_code_then_goes_on(data: Path, tmp_
         "parallel.dp_replicate=2",
     ],
 )
-def test_two_ranks_train_what_one_rank_trains(data: Path, tmp_path: Path, layout: str) -> None:
+def test_two_ranks_train_what_one_rank_trains(
+    data: Path, single: Path, tmp_path: Path, layout: str
+) -> None:
     """The same global batches on one and on two ranks: equal losses, norms and weights."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    single = run_verb("train", overrides(data, one, "data.planned_ranks=2"))
-    double = run_verb("train", overrides(data, two, layout), ranks=2)
-    assert single.returncode == 0, single.stderr
+    double = run_verb("train", overrides(data, tmp_path, layout), ranks=2)
     assert double.returncode == 0, double.stderr
-    for left, right in zip(rows(one), rows(two), strict=True):
+    for left, right in zip(rows(single), rows(tmp_path), strict=True):
         assert left["samples"] == right["samples"]
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
-    mine, theirs = load_weights(one, "model"), load_weights(two, "model")
+    mine, theirs = load_weights(single, "model"), load_weights(tmp_path, "model")
     for name, tensor in mine.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-5, msg=name)

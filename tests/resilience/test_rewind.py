@@ -179,7 +179,7 @@ def _exclude(run: Path, step: int, samples: Sequence[str], why: str) -> None:
     manifest.write(folder)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.again), 2])
 def test_wherever_it_goes_back_to_the_run_is_the_one_that_never_met_the_samples(
     spoilt: Spoilt, tmp_path: Path, world: int
 ) -> None:
