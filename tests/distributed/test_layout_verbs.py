@@ -125,6 +125,12 @@ def test_a_layout_that_does_not_fit_the_ranks_is_one_sentence(data: Path, tmp_pa
                           "model.rope_axes=[8,12,12]")  # fmt: skip
     done = run_verb("train", arguments, 2)
     assert "does not divide model.num_heads=1; choose a product from 1" in done.stderr
+
+
+@pytest.mark.again
+def test_a_sequence_that_is_too_short_for_its_ranks_is_one_sentence(
+    data: Path, tmp_path: Path
+) -> None:
     arguments = overrides(data, tmp_path / "few", "parallel.cp_ring=16", "certify.at_start=false")
     done = run_verb("train", arguments, 16)
     assert "cuts a sequence into 16, but bucket " in done.stderr
