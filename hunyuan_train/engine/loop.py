@@ -35,7 +35,9 @@ FREE_TO_CHANGE = (
     "certify.",
     *(
         f"memory.{field}"
-        for field in ("recompute", "offload", "optimizer_device", "fused_backward")
+        for field in (
+            "recompute", "offload", "check_fit", "optimizer_device", "fused_backward",
+        )
     ),
     *(
         f"data.{field}"

@@ -76,6 +76,10 @@ class MemoryConfig:
     recompute_of: dict[str, str] = field(default_factory=dict)
     """Recompute of single buckets, like {129x720x1280: full}; wins over recompute."""
 
+    check_fit: bool = True
+    """Refuse buckets that by the estimate do not fit; false warns, and keeps as little of every
+    bucket as recompute and offload allow."""
+
     offload: Switch = Switch.off
     """Move what selective and full recompute keep to the host between forward and backward; auto
     where it does not fit otherwise."""

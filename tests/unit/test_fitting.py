@@ -109,3 +109,6 @@ def test_recompute_follows_the_memory_that_is_here(
     assert set(seen) == {Recompute.none, Recompute.selective, Recompute.full}
     with pytest.raises(ValueError, match=r"bucket 129x720x1280 with 1 samples needs .* GiB"):
         modes(0.125)
+    cfg.memory.check_fit = False
+    assert set(modes(0.125).values()) == {Recompute.full}
+    assert "this run starts although bucket 129x720x1280" in caplog.text
