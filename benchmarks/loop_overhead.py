@@ -25,9 +25,10 @@ from hunyuan_train.data.shapes import write_shapes_dataset
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import TrainRun, build_run
+from hunyuan_train.engine.inputs import build_inputs
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.precompute import precompute
-from hunyuan_train.engine.step import build_inputs, train_step
+from hunyuan_train.engine.step import train_step
 from hunyuan_train.engine.supervision import open_clock
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.loss import flow_matching_loss
@@ -81,7 +82,7 @@ def measure(run: TrainRun, repeats: int) -> list[tuple[float, float]]:
 
     def bare() -> None:
         x = kept
-        predicted = model(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
+        predicted = model(*x.arguments())
         loss = flow_matching_loss(predicted, x.target)
         (loss.sum / loss.count).backward()
         optimizer.step()

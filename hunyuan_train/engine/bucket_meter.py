@@ -18,9 +18,9 @@ COLUMNS = ("samples", "tokens", "loss", "seconds")
 class BucketMeter:
     """Adds up micro-steps per bucket over all ranks and writes one row of ``buckets.jsonl``.
 
-    A row holds ``BUCKET/samples``, ``/tokens``, ``/loss`` (mean over tokens) and ``/seconds`` (of
-    forward and backward, waiting for others included, summed over data-parallel ranks) of each
-    bucket that occurred since the row before.
+    A row holds ``BUCKET/samples``, ``/tokens``, ``/loss`` (mean over the tokens the loss counts)
+    and ``/seconds`` (of forward and backward, waiting for others included, summed over
+    data-parallel ranks) of each bucket that occurred since the row before.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class BucketMeter:
         """Count the micro-steps of one update of this rank and the seconds they took."""
         for part, took in zip(micro_steps, seconds, strict=True):
             row = self._rows[part.bucket]
-            self._counts[row] += torch.tensor([part.samples, part.tokens, took]).double()
+            self._counts[row] += torch.tensor(
+                [part.samples, part.tokens, part.loss_tokens, took], dtype=torch.float64
+            )
             self._losses[row] += part.loss_sum.double()
 
     def emit(self, step: int) -> None:
@@ -61,9 +63,10 @@ class BucketMeter:
         if self._tracker is None:
             return
         row: dict[str, float] = {}
-        for bucket, (samples, tokens, seconds, loss_sum) in zip(self._rows, totals, strict=True):
+        for bucket, total in zip(self._rows, totals, strict=True):
+            samples, tokens, counted, seconds, loss_sum = total
             if tokens:
-                values = (samples, tokens, loss_sum / tokens, seconds)
+                values = (samples, tokens, loss_sum / counted, seconds)
                 row |= {f"{bucket}/{name}": v for name, v in zip(COLUMNS, values, strict=True)}
         self._tracker.log(step, row)
 
@@ -73,5 +76,5 @@ class BucketMeter:
             self._tracker.close()
 
     def _clear(self) -> None:
-        self._counts: Tensor = torch.zeros(len(self._rows), 3, dtype=torch.float64)
+        self._counts: Tensor = torch.zeros(len(self._rows), 4, dtype=torch.float64)
         self._losses: Tensor = torch.zeros(len(self._rows), dtype=torch.float64).to(self._device)

@@ -9,24 +9,11 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
+from hunyuan_train.engine.inputs import build_inputs, loss_tokens
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.recompute import BucketMode, set_recompute
-from hunyuan_train.models.hunyuan.text_refiner import trim_text
-from hunyuan_train.objectives.conditioning import (
-    apply_text_drop,
-    check_text_mask,
-    guidance_input,
-    text_drop_mask,
-)
-from hunyuan_train.objectives.flow_matching import (
-    interpolate,
-    keyed_noise,
-    model_time,
-    velocity_target,
-)
 from hunyuan_train.objectives.loss import flow_matching_loss
-from hunyuan_train.objectives.timesteps import sample_sigmas
 from hunyuan_train.observability.flops import ForwardFlops, dit_forward_flops
 from hunyuan_train.optim.schedule import learning_rate
 from hunyuan_train.optim.updates import update_weights
@@ -42,15 +29,32 @@ class MicroStep:
     bucket: Bucket
     samples: int
     tokens: int
-    loss_sum: Tensor
-    """Over tokens and samples: a float32 scalar on the device."""
+    loss_sums: Tensor
+    """[B] float32 on the device: the loss of each sample, summed over its tokens."""
+    loss_tokens: int
+    """Tokens in these sums: those the loss counts."""
+    sample_ids: list[str]
+    sigmas: Tensor
+    """[B] float32 on the CPU: the noise level of each sample."""
 
     @classmethod
-    def of(cls, batch: Batch, loss_sum: Tensor) -> Self:
+    def of(cls, batch: Batch, loss_sums: Tensor, counted: int, sigmas: Tensor) -> Self:
         """Count the samples of a batch, none if it has no weight."""
-        samples = len(batch.sample_ids) if batch.weight else 0
-        tokens = samples * batch.bucket.tokens
-        return cls(bucket=batch.bucket, samples=samples, tokens=tokens, loss_sum=loss_sum)
+        ids = batch.sample_ids if batch.weight else []
+        return cls(
+            bucket=batch.bucket,
+            samples=len(ids),
+            tokens=len(ids) * batch.bucket.tokens,
+            loss_sums=loss_sums[: len(ids)],
+            loss_tokens=counted if ids else 0,
+            sample_ids=ids,
+            sigmas=sigmas[: len(ids)],
+        )
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """The loss summed over samples: a float32 scalar on the device."""
+        return self.loss_sums.sum()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,58 +94,6 @@ class _NoMarks:
 NO_MARKS: Marks = _NoMarks()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelInputs:
-    """One micro-batch as the model takes it, with the target of its prediction."""
-
-    noisy: Tensor
-    time: Tensor
-    text: Tensor
-    text_mask: Tensor | None
-    pooled: Tensor
-    guidance: Tensor | None
-    target: Tensor
-
-
-def build_inputs(
-    batch: Batch, cfg: RunConfig, scaling_factor: float, device: torch.device
-) -> ModelInputs:
-    """Draw posterior, noise, time and text drop, each keyed by its sample, and mix them.
-
-    Latents are ``(mean + std * draw) * scaling_factor``; the draws do not depend on rank or order.
-    """
-    seed, ids, epochs = cfg.run.seed, batch.sample_ids, batch.epochs
-    shape = tuple(batch.mean.shape[1:])
-    draw = keyed_noise(shape, seed, "posterior", ids, epochs)
-    latents = (batch.mean + batch.std * draw) * scaling_factor
-    noise = keyed_noise(shape, seed, "noise", ids, epochs)
-    sigma = sample_sigmas(cfg.objective, seed, ids, epochs)
-    check_text_mask(batch.text_mask, ids)
-    text, mask, pooled = apply_text_drop(
-        text_drop_mask(seed, ids, epochs, cfg.objective.text_drop),
-        batch.text,
-        batch.text_mask,
-        batch.pooled,
-        batch.empty_text,
-        batch.empty_mask,
-        batch.empty_pooled,
-    )
-    text, kept_mask = trim_text(text, mask)
-    guidance = None
-    if cfg.model.guidance_embed:
-        guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
-    dtype = getattr(torch, cfg.parallel.compute_dtype)
-    return ModelInputs(
-        noisy=interpolate(latents, noise, sigma).to(device, dtype),
-        time=model_time(sigma).to(device),
-        text=text.to(device, dtype),
-        text_mask=None if kept_mask is None else kept_mask.to(device),
-        pooled=pooled.to(device, dtype),
-        guidance=guidance,
-        target=velocity_target(latents, noise).to(device),
-    )
-
-
 def training_flops(batch: Batch, cfg: RunConfig) -> int:
     """Return the model FLOPs of one micro-batch, forward and backward."""
     return forward_flops(batch, cfg).training
@@ -171,6 +123,8 @@ class GlobalCounts(NamedTuple):
     """What a step has over all ranks with distinct data."""
 
     tokens: int
+    loss_tokens: int
+    """Those the loss counts."""
     samples: int
     flops: float
     """Of the model, forward and backward."""
@@ -186,7 +140,7 @@ def global_counts(
     """Add up the work of a step, whose micro-batches keep their activations as ``modes`` say."""
     ranks, rank = axes.size("dp"), axes.rank("dp")
     # One row per rank, so that one sum also finds a maximum.
-    counts = torch.zeros(ranks, 5, dtype=torch.float64)
+    counts = torch.zeros(ranks, 6, dtype=torch.float64)
     for batch, mode in zip(batches, modes, strict=True):
         if not batch.weight:  # only there because other ranks have one more
             continue
@@ -196,13 +150,14 @@ def global_counts(
             linear_again=mode.recompute is not Recompute.none,
             attention_again=mode.recompute is Recompute.full,
         )
-        row = [samples * tokens, samples, flops.training, computed]
-        counts[rank, :4] += torch.tensor(row, dtype=torch.float64)
-        counts[rank, 4] = max(counts[rank, 4].item(), tokens)
+        counted = loss_tokens(batch, cfg)
+        row = [samples * tokens, counted, samples, flops.training, computed]
+        counts[rank, :5] += torch.tensor(row, dtype=torch.float64)
+        counts[rank, 5] = max(counts[rank, 5].item(), tokens)
     counts = axes.sum(counts, "dp")
-    tokens, samples, flops, computed, _ = counts.sum(dim=0).tolist()
-    kind = f"{int(counts[:, 4].max())} tokens"
-    return GlobalCounts(int(tokens), int(samples), flops, computed, kind)
+    tokens, counted, samples, flops, computed, _ = counts.sum(dim=0).tolist()
+    kind = f"{int(counts[:, 5].max())} tokens"
+    return GlobalCounts(int(tokens), int(counted), int(samples), flops, computed, kind)
 
 
 def global_loss(losses: list[Tensor], tokens: int, axes: Axes) -> Tensor:
@@ -236,7 +191,7 @@ def train_step(
         for batch in batches
     ]
     counts = global_counts(batches, modes, cfg, axes)
-    tokens, kind = counts.tokens, counts.kind
+    tokens, kind = counts.loss_tokens, counts.kind
     lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
     updates.set_learning_rate(lr)
     micro_steps: list[MicroStep] = []
@@ -248,14 +203,16 @@ def train_step(
         updates.start_micro_step(last=last)
         set_recompute(state.model.module, mode.recompute, mode.offload)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
-        predicted = updates.module(x.noisy, x.time, x.text, x.text_mask, x.pooled, x.guidance)
-        loss = flow_matching_loss(predicted, x.target).sum * batch.weight
+        predicted = updates.module(*x.arguments())
+        parts = flow_matching_loss(predicted, x.target, weights=x.weights)
+        loss = parts.sum * batch.weight
         if cfg.memory.fused_backward:  # the only micro-step, whose backward updates the weights
             first = global_loss([loss.detach()], tokens, axes)
             updates.refuse(state.guard.screen(first, torch.zeros_like(first), kind))
         heart.phase("backward", str(batch.bucket))
         updates.backward(loss / tokens, last=last)
-        micro_steps.append(MicroStep.of(batch, loss.detach()))
+        sums = parts.samples.detach() * batch.weight
+        micro_steps.append(MicroStep.of(batch, sums, parts.count, x.sigma))
         watch.mark()
     heart.phase("update")
     norm = updates.clip(cfg.optimizer.clip_norm)
@@ -264,11 +221,11 @@ def train_step(
     state.skipped_updates += update_weights(updates, state.ema, screened, state.step)
     state.step += 1
     state.samples += counts.samples
-    state.tokens += tokens
+    state.tokens += counts.tokens
     return StepMetrics(
         loss=loss,
         grad_norm=norm,
-        tokens=tokens,
+        tokens=counts.tokens,
         samples=counts.samples,
         flops=counts.flops,
         computed_flops=counts.computed_flops,

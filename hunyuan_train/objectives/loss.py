@@ -17,10 +17,15 @@ PATCH_CELLS = 4
 class LossSum:
     """A loss that has not been divided yet."""
 
-    sum: Tensor
-    """Scalar, float32 at least: mean squared error of each token, summed over tokens."""
+    samples: Tensor
+    """[B], float32 at least: mean squared error of each token, summed over a sample's tokens."""
     count: int
-    """Latent tokens in the sum."""
+    """Latent tokens in the sums."""
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum over samples, a scalar."""
+        return self.samples.sum()
 
     @property
     def mean(self) -> Tensor:
@@ -28,21 +33,22 @@ class LossSum:
         return self.sum / self.count
 
 
-def flow_matching_loss(pred: Tensor, target: Tensor) -> LossSum:
-    """Compare predicted and true velocity without any weighting over sigma.
+def flow_matching_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> LossSum:
+    """Compare predicted and true velocity.
 
     Args:
         pred: [B, C, T, H, W] in any precision; H and W even.
         target: same shape.
+        weights: [B] what the loss of each sample is multiplied by; None for 1.
 
     Returns:
-        Sum over tokens of the mean squared error over the token's C * 4 values, in float32.
+        Sums over tokens of the mean squared error over the token's C * 4 values, in float32.
     """
     assert pred.shape == target.shape, (pred.shape, target.shape)
     batch, channels, frames, height, width = pred.shape
     dtype = torch.promote_types(pred.dtype, torch.float32)
     squared = (pred.to(dtype) - target.to(dtype)).square()
-    return LossSum(
-        sum=squared.sum() / (channels * PATCH_CELLS),
-        count=batch * frames * height * width // PATCH_CELLS,
-    )
+    samples = squared.flatten(1).sum(dim=1) / (channels * PATCH_CELLS)
+    if weights is not None:
+        samples = samples * weights.to(samples)
+    return LossSum(samples=samples, count=batch * frames * height * width // PATCH_CELLS)

@@ -25,7 +25,13 @@ CPU = torch.device("cpu")
 def micro(bucket: Bucket, samples: int, loss: float) -> MicroStep:
     tokens = samples * bucket.tokens
     return MicroStep(
-        bucket=bucket, samples=samples, tokens=tokens, loss_sum=torch.tensor(loss * tokens)
+        bucket=bucket,
+        samples=samples,
+        tokens=tokens,
+        loss_sums=torch.full((samples,), loss * bucket.tokens),
+        loss_tokens=tokens,
+        sample_ids=[str(number) for number in range(samples)],
+        sigmas=torch.full((samples,), 0.5),
     )
 
 

@@ -1,0 +1,90 @@
+"""From a micro-batch to what the model takes: every draw keyed by its sample."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.collate import Batch
+from hunyuan_train.models.hunyuan.text_refiner import trim_text
+from hunyuan_train.objectives.conditioning import (
+    apply_text_drop,
+    check_text_mask,
+    guidance_input,
+    text_drop_mask,
+)
+from hunyuan_train.objectives.flow_matching import (
+    interpolate,
+    keyed_noise,
+    model_time,
+    velocity_target,
+)
+from hunyuan_train.objectives.timesteps import sample_sigmas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInputs:
+    """One micro-batch as the model takes it, with the target of its prediction."""
+
+    noisy: Tensor
+    time: Tensor
+    text: Tensor
+    text_mask: Tensor | None
+    pooled: Tensor
+    guidance: Tensor | None
+    target: Tensor
+    sigma: Tensor
+    """[B] float32 on the CPU: the noise level of each sample."""
+    weights: Tensor | None
+    """[B] float32: what the loss of each sample is multiplied by; None for 1."""
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Return the arguments of the model's forward, in order."""
+        return (self.noisy, self.time, self.text, self.text_mask, self.pooled, self.guidance)
+
+
+def build_inputs(
+    batch: Batch, cfg: RunConfig, scaling_factor: float, device: torch.device
+) -> ModelInputs:
+    """Draw posterior, noise, time and text drop, each keyed by its sample, and mix them.
+
+    Latents are ``(mean + std * draw) * scaling_factor``; the draws do not depend on rank or order.
+    """
+    seed, ids, epochs = cfg.run.seed, batch.sample_ids, batch.epochs
+    shape = tuple(batch.mean.shape[1:])
+    draw = keyed_noise(shape, seed, "posterior", ids, epochs)
+    latents = (batch.mean + batch.std * draw) * scaling_factor
+    noise = keyed_noise(shape, seed, "noise", ids, epochs)
+    sigma = sample_sigmas(cfg.objective, seed, ids, epochs)
+    check_text_mask(batch.text_mask, ids)
+    text, mask, pooled = apply_text_drop(
+        text_drop_mask(seed, ids, epochs, cfg.objective.text_drop),
+        batch.text,
+        batch.text_mask,
+        batch.pooled,
+        batch.empty_text,
+        batch.empty_mask,
+        batch.empty_pooled,
+    )
+    text, kept_mask = trim_text(text, mask)
+    guidance = None
+    if cfg.model.guidance_embed:
+        guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
+    dtype = getattr(torch, cfg.parallel.compute_dtype)
+    return ModelInputs(
+        noisy=interpolate(latents, noise, sigma).to(device, dtype),
+        time=model_time(sigma).to(device),
+        text=text.to(device, dtype),
+        text_mask=None if kept_mask is None else kept_mask.to(device),
+        pooled=pooled.to(device, dtype),
+        guidance=guidance,
+        target=velocity_target(latents, noise).to(device),
+        sigma=sigma,
+        weights=None,
+    )
+
+
+def loss_tokens(batch: Batch, cfg: RunConfig) -> int:
+    """Return how many tokens of a batch its loss counts."""
+    return len(batch.sample_ids) * batch.bucket.tokens
