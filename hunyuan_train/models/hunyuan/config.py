@@ -1,6 +1,18 @@
 """Config section of the HunyuanVideo diffusion transformer."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ImageCondition(StrEnum):
+    """How given frames enter the model; both forms are published, their weights do not mix."""
+
+    none = "none"
+    """There are none: text to video."""
+    concat = "concat"
+    """2C + 1 input channels: noisy latents, the given frames' latents, and a mask of them."""
+    token_replace = "token_replace"
+    """Given frames replace noisy ones, and their tokens are modulated as at time 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,6 +49,10 @@ class HunyuanConfig:
     """Blocks of the text token refiner."""
     guidance_embed: bool = False
     """Whether the model takes a guidance scale (the guidance-distilled form)."""
+
+    image_condition: ImageCondition = ImageCondition.none
+    """How given frames (image to video) enter: none, concat (in_channels = 2 out_channels + 1) or
+    token_replace."""
 
     def __post_init__(self) -> None:
         """Check sizes against each other.
