@@ -20,7 +20,7 @@ from hunyuan_train.objectives.flow_matching import (
     model_time,
     velocity_target,
 )
-from hunyuan_train.objectives.timesteps import sample_sigmas
+from hunyuan_train.objectives.timesteps import loss_weights, sample_sigmas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,8 @@ def build_inputs(
     draw = keyed_noise(shape, seed, "posterior", ids, epochs)
     latents = (batch.mean + batch.std * draw) * scaling_factor
     noise = keyed_noise(shape, seed, "noise", ids, epochs)
-    sigma = sample_sigmas(cfg.objective, seed, ids, epochs)
+    sigma = sample_sigmas(cfg.objective, seed, ids, epochs, batch.bucket.tokens)
+    weights = loss_weights(cfg.objective.weighting, sigma)
     check_text_mask(batch.text_mask, ids)
     text, mask, pooled = apply_text_drop(
         text_drop_mask(seed, ids, epochs, cfg.objective.text_drop),
@@ -81,7 +82,7 @@ def build_inputs(
         guidance=guidance,
         target=velocity_target(latents, noise).to(device),
         sigma=sigma,
-        weights=None,
+        weights=None if weights is None else weights.to(device),
     )
 
 
