@@ -12,7 +12,7 @@ from hunyuan_train.config.run import (
 )
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
-from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.evaluation.config import EvaluationConfig, SampleConfig
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
@@ -43,6 +43,7 @@ class RunConfig:
     resilience: ResilienceConfig
     logging: LoggingConfig
     sample: SampleConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)

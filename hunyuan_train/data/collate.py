@@ -38,6 +38,8 @@ class Batch:
     empty_pooled: Tensor
     """[P] float32."""
     captions: list[str]
+    source: str = ""
+    """Key in data.sources; empty for a single store."""
 
     def put(self, place: int, row: SampleRow, epoch: int, variant: int, sample: Sample) -> None:
         """Write a sample, whose shapes were checked, to a place of the batch."""
@@ -86,6 +88,7 @@ def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) ->
         empty_mask=torch.arange(meta.text_length) < len(empty.states),
         empty_pooled=empty.pooled,
         captions=[""] * size,
+        source=store.name,
     )
 
 

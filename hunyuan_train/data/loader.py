@@ -184,6 +184,11 @@ class BucketLoader:
         """The buckets of the selected samples."""
         return sorted({cell.bucket for cell in self._planner.cells})
 
+    @property
+    def kinds(self) -> list[tuple[str, Bucket]]:
+        """Source and bucket of the selected samples, every pair that occurs."""
+        return sorted({(cell.source, cell.bucket) for cell in self._planner.cells})
+
     def describe(self) -> str:
         """Return what is drawn as a table: a line per bucket, the cheapest folded, and a total."""
         # Imported here because the module draws too, and matplotlib takes half a second to load.

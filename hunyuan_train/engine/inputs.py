@@ -45,18 +45,24 @@ class ModelInputs:
 
 
 def build_inputs(
-    batch: Batch, cfg: RunConfig, scaling_factor: float, device: torch.device
+    batch: Batch,
+    cfg: RunConfig,
+    scaling_factor: float,
+    device: torch.device,
+    sigma: Tensor | None = None,
 ) -> ModelInputs:
     """Draw posterior, noise, time and text drop, each keyed by its sample, and mix them.
 
     Latents are ``(mean + std * draw) * scaling_factor``; the draws do not depend on rank or order.
+    An evaluation gives ``sigma``, [B] float32 on the CPU, instead of having it drawn.
     """
     seed, ids, epochs = cfg.run.seed, batch.sample_ids, batch.epochs
     shape = tuple(batch.mean.shape[1:])
     draw = keyed_noise(shape, seed, "posterior", ids, epochs)
     latents = (batch.mean + batch.std * draw) * scaling_factor
     noise = keyed_noise(shape, seed, "noise", ids, epochs)
-    sigma = sample_sigmas(cfg.objective, seed, ids, epochs, batch.bucket.tokens)
+    if sigma is None:
+        sigma = sample_sigmas(cfg.objective, seed, ids, epochs, batch.bucket.tokens)
     weights = loss_weights(cfg.objective.weighting, sigma)
     check_text_mask(batch.text_mask, ids)
     text, mask, pooled = apply_text_drop(

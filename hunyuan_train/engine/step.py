@@ -27,6 +27,7 @@ class MicroStep:
     """What one micro-batch of this rank came to."""
 
     bucket: Bucket
+    source: str
     samples: int
     tokens: int
     loss_sums: Tensor
@@ -43,6 +44,7 @@ class MicroStep:
         ids = batch.sample_ids if batch.weight else []
         return cls(
             bucket=batch.bucket,
+            source=batch.source,
             samples=len(ids),
             tokens=len(ids) * batch.bucket.tokens,
             loss_sums=loss_sums[: len(ids)],

@@ -1,7 +1,8 @@
-"""The `sample` section: what to sample and how."""
+"""The `sample` and `evaluation` sections: what to sample and how, and what to measure meanwhile."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from hunyuan_train.data.buckets import Bucket
 
@@ -80,3 +81,53 @@ class SampleConfig:
             _ = self.bucket
         except ValueError as error:
             raise ValueError(f"sample.frames, sample.height, sample.width: {error}") from error
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What a training run measures and shows of itself while it runs."""
+
+    every_steps: int = 0
+    """Updates between two measurements of the held-out loss, also after `stage.steps`; 0 is off."""
+    latents: str = ""
+    """Folder or URL of held-out latents that `precompute` wrote with the encoders of the training
+    data. Of them the buckets count that the stage trains on."""
+    samples_per_bucket: int = 4
+    """Samples of each bucket that are measured, spread evenly over those there are."""
+    quantiles: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    """Noise levels at which each is measured, as quantiles of the sigmas that training draws. The
+    losses of training are booked under the nearest of them."""
+    sample_every: int = 0
+    """Updates between two sets of samples, also after `stage.steps`; 0 is off. Sizes and sampler
+    are those of `sample`."""
+    prompts: list[str] = field(default_factory=list)
+    """What to sample; the same prompts from the same noise every time."""
+    prompts_file: str = ""
+    """File with further prompts, as `sample.prompts_file`."""
+    max_pending: int = 8
+    """Sets of samples that may wait to be written and sent; more are dropped, with a warning."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that measure nothing."""
+        for name in ("every_steps", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be 0 (off) or more")
+        for name in ("samples_per_bucket", "max_pending"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
+        increasing = all(low < high for low, high in pairwise(self.quantiles))
+        if not (self.quantiles and increasing and 0 < self.quantiles[0] < 1 > self.quantiles[-1]):
+            raise ValueError(
+                f"evaluation.quantiles={self.quantiles} must be numbers between 0 and 1 in "
+                "ascending order, such as [0.1,0.5,0.9]"
+            )
+        if self.every_steps and not self.latents:
+            raise ValueError(
+                f"evaluation.every_steps={self.every_steps} needs evaluation.latents; give it the "
+                "folder that `hunyuan-train precompute` wrote for held-out clips"
+            )
+        if self.sample_every and not (self.prompts or self.prompts_file):
+            raise ValueError(
+                f"evaluation.sample_every={self.sample_every} needs evaluation.prompts or "
+                "evaluation.prompts_file"
+            )

@@ -26,6 +26,7 @@ def micro(bucket: Bucket, samples: int, loss: float) -> MicroStep:
     tokens = samples * bucket.tokens
     return MicroStep(
         bucket=bucket,
+        source="",
         samples=samples,
         tokens=tokens,
         loss_sums=torch.full((samples,), loss * bucket.tokens),
