@@ -9,7 +9,8 @@ looked into: it may send, and it may hand out what an earlier run kept (``models
 | before the core, after it | the break |
 | micro-batches of one sample, of several | torch.compile takes 1 for a constant, as do the norms |
 
-That is ``GRAPHS`` each, forward and backward. Masks would double them; they go round the compiled
+That is ``GRAPHS`` each, forward and backward, and as many again for micro-batches with given frames
+that replace tokens. Masks would double them; they go round the compiled
 code. Without gradients, as in validation and sampling, blocks run uncompiled, which would double
 them too.
 """
@@ -30,7 +31,7 @@ from hunyuan_train.models.shapes import Heads, JointTokens
 from hunyuan_train.models.spec import ShardingPlan
 
 GRAPHS = 4
-"""The most graphs a class of blocks is compiled to."""
+"""The most graphs a class of blocks is compiled to, without given frames."""
 
 
 class _Held(threading.local):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hunyuan_kernels import gelu_linear2, norm_modulate
+from hunyuan_kernels import gated_residual, gelu_linear2, norm_modulate
 from hunyuan_train.models.shapes import (
     Heads,
     ImgTokens,
@@ -18,6 +18,7 @@ from hunyuan_train.models.shapes import (
     Patches,
     PerSample,
     Pooled,
+    TokenMask,
     Vec,
     Velocity,
 )
@@ -76,12 +77,50 @@ class VectorEmbedder(nn.Module):
         return self.out_layer(functional.silu(self.in_layer(vector)))
 
 
+class GivenTokens(NamedTuple):
+    """The tokens of given frames, and what they are modulated with."""
+
+    vec: Vec
+    """Conditioning of a clean frame [B, D]: time 0 and the pooled text, without guidance."""
+    tokens: TokenMask
+    """[B, S], True for tokens of given frames."""
+
+
 class Shift(NamedTuple):
-    """One triple of a modulation, each [B, D]."""
+    """One triple of a modulation, each [B, D], the same for all tokens of a sample."""
 
     shift: Vec
     scale: Vec
     gate: Vec
+
+    def norm(self, x: JointTokens) -> JointTokens:
+        """Normalise tokens [B, S, D], scale and shift them."""
+        return norm_modulate(x, self.shift, self.scale, NORM_EPS)
+
+    def add(self, x: JointTokens, branch: JointTokens) -> JointTokens:
+        """Add a gated branch to tokens, both [B, S, D]."""
+        return gated_residual(x, self.gate, branch)
+
+
+class ShiftOfTwo(NamedTuple):
+    """Two triples, of which each token takes its own.
+
+    Both are applied to all tokens: the fused kernels keep no more for two than for one, where
+    modulations spread over tokens would be kept in three further tensors of their size.
+    """
+
+    usual: Shift
+    given: Shift
+    tokens: TokenMask
+
+    def norm(self, x: JointTokens) -> JointTokens:
+        """Normalise tokens [B, S, D], scale and shift them."""
+        return torch.where(self.tokens[..., None], self.given.norm(x), self.usual.norm(x))
+
+    def add(self, x: JointTokens, branch: JointTokens) -> JointTokens:
+        """Add a gated branch to tokens, both [B, S, D]."""
+        given, usual = self.given.add(x, branch), self.usual.add(x, branch)
+        return torch.where(self.tokens[..., None], given, usual)
 
 
 class Modulation(nn.Module):
@@ -95,9 +134,17 @@ class Modulation(nn.Module):
         self.triples = triples
         self.linear = nn.Linear(hidden_size, 3 * triples * hidden_size)
 
-    def forward(self, vec: Vec) -> list[Shift]:
-        """Return one ``Shift`` per normalised branch."""
-        parts = self.linear(functional.silu(vec)).chunk(3 * self.triples, dim=-1)
+    def forward(self, vec: Vec, given: GivenTokens | None = None) -> list[Shift] | list[ShiftOfTwo]:
+        """Return one modulation per normalised branch."""
+        if given is None:
+            return self._cut(self.linear(functional.silu(vec)))
+        # One product for both: ranks with and without given frames run every linear equally often.
+        both = self.linear(functional.silu(torch.stack([vec, given.vec], dim=1)))  # [B, 2, 3nD]
+        usual, clean = map(self._cut, both.unbind(dim=1))
+        return [ShiftOfTwo(*pair, given.tokens) for pair in zip(usual, clean, strict=True)]
+
+    def _cut(self, out: Tensor) -> list[Shift]:
+        parts = out.chunk(3 * self.triples, dim=-1)
         return [Shift(*parts[3 * i : 3 * i + 3]) for i in range(self.triples)]
 
 

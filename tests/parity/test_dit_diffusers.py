@@ -9,7 +9,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.hunyuan.state_dict import diffusers_config, hunyuan_links
 
@@ -85,14 +85,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("guidance", [False, True], ids=["plain", "guidance"])
-def test_output_and_every_gradient(guidance, lengths):
-    cfg = tiny(guidance)
+def check_output_and_every_gradient(cfg: HunyuanConfig, lengths: list[int], **more: Tensor):
     model = randomised(cfg)
     theirs = as_diffusers(cfg, model)
     batch = inputs(cfg, lengths)
-    out, expected = model(**batch), run_diffusers(theirs, batch)
+    out, expected = model(**batch, **more), run_diffusers(theirs, batch)
     assert out.shape == expected.shape
     assert relative(out, expected) <= RELATIVE_ERROR
 
@@ -105,6 +102,25 @@ def test_output_and_every_gradient(guidance, lengths):
         joined = link.from_diffusers([their_grads[name] for name in link.diffusers])
         assert joined.abs().max() > 0, link.ours
         assert relative(grad, joined) <= RELATIVE_ERROR, link.ours
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("guidance", [False, True], ids=["plain", "guidance"])
+def test_output_and_every_gradient(guidance, lengths):
+    check_output_and_every_gradient(tiny(guidance), lengths)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS["ragged"]], ids=["ragged"])
+@pytest.mark.parametrize("guidance", [False, True], ids=["plain", "guidance"])
+def test_replaced_first_frame(guidance, lengths):
+    cfg = tiny(guidance, image_condition=ImageCondition.token_replace)
+    first = torch.arange(3).expand(len(lengths), 3) == 0
+    check_output_and_every_gradient(cfg, lengths, given=first)
+
+
+def test_concatenated_frames_and_mask():
+    cfg = tiny(False, image_condition=ImageCondition.concat, in_channels=33)
+    check_output_and_every_gradient(cfg, LENGTHS["ragged"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hunyuan_train.config.compose import compose_config
 from hunyuan_train.memory.compiling import GRAPHS, CompiledForward, apply_compile
 from hunyuan_train.memory.config import MemoryConfig, Recompute, Switch
 from hunyuan_train.memory.recompute import BlockForward, apply_recompute, set_recompute
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.registry import build_model, sharding_plan
 from hunyuan_train.parallel.apply import apply_context, check_compile, parallelize
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
@@ -44,6 +44,12 @@ def build(cfg: HunyuanConfig, memory: MemoryConfig, backend: str | Callable[...,
     apply_compile(model, plan, memory, backend)
     apply_recompute(model, plan, memory)
     return model
+
+
+def first_of(batch: tuple[Any, ...]) -> Tensor:
+    """Return the mask of a batch whose first latent frames are given."""
+    samples, _, frames = batch[0].shape[:3]
+    return torch.arange(frames).expand(samples, frames) == 0
 
 
 def inputs(
@@ -98,6 +104,21 @@ def test_few_graphs_serve_all_blocks_and_buckets_in_every_mode() -> None:
             with torch.no_grad():
                 assert torch.equal(model(*batch), truth(*batch))
         assert counter.frame_count == (GRAPHS // 2 if samples == 2 else GRAPHS) * 2
+
+
+def test_given_frames_double_the_graphs_and_share_them_between_buckets() -> None:
+    cfg = replace(tiny(0, 1), image_condition=ImageCondition.token_replace)
+    counter = CompileCounterWithBackend("eager")
+    truth = build(cfg, replace(MEMORY, compile=False), "eager")
+    model = build(cfg, MEMORY, counter)
+    set_recompute(model, Recompute.selective)
+    for samples, passes in ((2, 1), (1, 2)):
+        for side in (4, 8):
+            batch = inputs(cfg, samples, side)
+            for more in ((), (first_of(batch),)):
+                found = gradients(model, (*batch, *more))
+                assert furthest(found, gradients(truth, (*batch, *more))) < LIMIT
+        assert counter.frame_count == GRAPHS // 2 * passes * 2
 
 
 def test_graphs_of_the_backward_are_right_with_every_mode() -> None:

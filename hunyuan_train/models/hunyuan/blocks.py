@@ -7,10 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hunyuan_kernels import dispatch, gated_residual, norm_modulate, qk_norm_rope
+from hunyuan_kernels import dispatch, qk_norm_rope
 from hunyuan_train.models.attention import AttentionCore, SdpaCore
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.layers import NORM_EPS, GeluLinear, HeadNorm, Mlp, Modulation
+from hunyuan_train.models.layers import (
+    NORM_EPS,
+    GeluLinear,
+    GivenTokens,
+    HeadNorm,
+    Mlp,
+    Modulation,
+)
 from hunyuan_train.models.rope import Rope, apply_rope
 from hunyuan_train.models.shapes import (
     Heads,
@@ -64,7 +71,13 @@ class DoubleStreamBlock(nn.Module):
         self.core: AttentionCore = SdpaCore()
 
     def forward(
-        self, img: ImgTokens, txt: TxtTokens, vec: Vec, rope: Rope, key_mask: KeyMask | None
+        self,
+        img: ImgTokens,
+        txt: TxtTokens,
+        vec: Vec,
+        rope: Rope,
+        key_mask: KeyMask | None,
+        given: GivenTokens | None = None,
     ) -> tuple[ImgTokens, TxtTokens]:
         """Update both streams.
 
@@ -74,16 +87,17 @@ class DoubleStreamBlock(nn.Module):
             vec: conditioning [B, D].
             rope: table of N + L rows, the last L unrotated.
             key_mask: [B, N + L], True for real tokens, or None.
+            given: which of the N image tokens are of given frames, if any are.
 
         Returns:
             Both streams, shapes unchanged.
         """
-        img_attn_mod, img_mlp_mod = self.img_mod(vec)
+        img_attn_mod, img_mlp_mod = self.img_mod(vec, given)
         txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
 
-        x = norm_modulate(img, img_attn_mod.shift, img_attn_mod.scale)
+        x = img_attn_mod.norm(img)
         img_q, img_k, img_v = split_heads(self.img_attn_qkv(x), self.head_dim)
-        x = norm_modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale)
+        x = txt_attn_mod.norm(txt)
         txt_q, txt_k, txt_v = split_heads(self.txt_attn_qkv(x), self.head_dim)
 
         rows = [img_q.shape[1], txt_q.shape[1]]
@@ -100,13 +114,13 @@ class DoubleStreamBlock(nn.Module):
         merged = self.core(q, k, v, key_mask)
         img_out, txt_out = merged.split(rows, dim=1)
 
-        img = gated_residual(img, img_attn_mod.gate, self.img_attn_proj(img_out))
-        x = norm_modulate(img, img_mlp_mod.shift, img_mlp_mod.scale)
-        img = gated_residual(img, img_mlp_mod.gate, self.img_mlp(x))
+        img = img_attn_mod.add(img, self.img_attn_proj(img_out))
+        x = img_mlp_mod.norm(img)
+        img = img_mlp_mod.add(img, self.img_mlp(x))
 
-        txt = gated_residual(txt, txt_attn_mod.gate, self.txt_attn_proj(txt_out))
-        x = norm_modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)
-        txt = gated_residual(txt, txt_mlp_mod.gate, self.txt_mlp(x))
+        txt = txt_attn_mod.add(txt, self.txt_attn_proj(txt_out))
+        x = txt_mlp_mod.norm(txt)
+        txt = txt_mlp_mod.add(txt, self.txt_mlp(x))
         return img, txt
 
 
@@ -129,18 +143,23 @@ class SingleStreamBlock(nn.Module):
         self.core: AttentionCore = SdpaCore()
 
     def forward(
-        self, x: JointTokens, vec: Vec, rope: Rope, key_mask: KeyMask | None
+        self,
+        x: JointTokens,
+        vec: Vec,
+        rope: Rope,
+        key_mask: KeyMask | None,
+        given: GivenTokens | None = None,
     ) -> JointTokens:
-        """Update the joint tokens [B, N + L, D], image tokens first."""
-        (mod,) = self.modulation(vec)
-        hidden = self.linear1(norm_modulate(x, mod.shift, mod.scale))
+        """Update the joint tokens [B, N + L, D], image tokens first; ``given`` covers them all."""
+        (mod,) = self.modulation(vec, given)
+        hidden = self.linear1(mod.norm(x))
         # By share, not by size: a column shard of linear1 holds a share of its heads and units.
         mlp_features = hidden.shape[-1] * self.mlp_share // (self.qkv_share + self.mlp_share)
         qkv, mlp = hidden.split([hidden.shape[-1] - mlp_features, mlp_features], dim=-1)
         q, k, v = split_heads(qkv, self.head_dim)
         q, k = norm_and_rotate(q, k, self.q_norm, self.k_norm, rope)
         merged = self.core(q, k, v, key_mask)
-        return gated_residual(x, mod.gate, self._project(merged, mlp))
+        return mod.add(x, self._project(merged, mlp))
 
     def _project(self, merged: JointTokens, mlp: JointTokens) -> JointTokens:
         if isinstance(self.linear2, GeluLinear):

@@ -72,10 +72,24 @@ class HunyuanConfig:
                 f"model.hidden_size={self.hidden_size} is not a multiple of "
                 f"model.num_heads={self.num_heads}; choose a multiple"
             )
+        if self.image_condition is ImageCondition.concat and (
+            self.in_channels != 2 * self.out_channels + 1
+        ):
+            raise ValueError(
+                f"model.image_condition=concat takes noisy latents, given latents and a mask, so "
+                f"model.in_channels={self.in_channels} must be 2 * model.out_channels + 1 = "
+                f"{2 * self.out_channels + 1}"
+            )
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(
                 f"model.patch_size={self.patch_size} must be three positive numbers, "
                 "latent frames, rows and columns"
+            )
+        if self.image_condition is not ImageCondition.none and self.patch_size[0] != 1:
+            raise ValueError(
+                f"model.image_condition={self.image_condition} needs tokens of one latent frame, "
+                f"but model.patch_size={self.patch_size} joins {self.patch_size[0]}; begin it "
+                "with 1"
             )
         if (
             len(self.rope_axes) != 3

@@ -1,6 +1,7 @@
 """HunyuanVideo: the 13B text-to-video diffusion transformer.
 
 - double-stream blocks (image and text weights apart), then single-stream blocks (shared weights)
+- given frames (image to video) in either published form: see ``ImageCondition``
 - conditioning vector from time, pooled text and, in the distilled form, the guidance scale
 - 3-D rotary positions on image tokens, none on text
 - parameter names and shapes are the released checkpoint's
@@ -10,13 +11,15 @@ Source: HunyuanVideo, arXiv 2412.03603, section 4.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hunyuan_train.models.hunyuan.blocks import DoubleStreamBlock, SingleStreamBlock
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.sharding import hunyuan_sharding_plan
 from hunyuan_train.models.hunyuan.text_refiner import TextRefiner
 from hunyuan_train.models.layers import (
     FinalLayer,
+    GivenTokens,
     Modulation,
     PatchEmbed,
     ScalarEmbedder,
@@ -24,7 +27,16 @@ from hunyuan_train.models.layers import (
     unpatchify,
 )
 from hunyuan_train.models.rope import RopeCache
-from hunyuan_train.models.shapes import Latents, PerSample, Pooled, TextMask, Velocity
+from hunyuan_train.models.shapes import (
+    FrameMask,
+    Latents,
+    Patches,
+    PerSample,
+    Pooled,
+    TextMask,
+    Vec,
+    Velocity,
+)
 from hunyuan_train.models.spec import (
     ONES,
     ZEROS,
@@ -123,11 +135,15 @@ class HunyuanVideo(nn.Module):
         text_mask: TextMask | None,
         pooled: Pooled,
         guidance: PerSample | None = None,
+        given: FrameMask | None = None,
     ) -> Velocity:
         """Predict the velocity ``noise - latents`` of noised latents.
 
         Args:
-            latents: scaled, noised latents [B, C, T, H, W]; T, H, W multiples of the patch.
+            latents: scaled, noised latents [B, C, T, H, W]; T, H, W multiples of the patch. Given
+                frames hold their clean latents where ``given`` is taken; with
+                ``image_condition=concat`` the channels are noised latents, given latents (0 in
+                other frames) and a mask, C = 2 out_channels + 1.
             time: 1000 * sigma, [B], float32 (bfloat16 rounds 986.4 to 988).
             text: states of the language model [B, L, text_dim].
             text_mask: [B, L] bool, True for valid tokens, right padded; None when every token of
@@ -136,6 +152,9 @@ class HunyuanVideo(nn.Module):
                 without a valid token yields NaN. ``trim_text`` cuts what no sample needs.
             pooled: pooled text vector [B, pooled_dim].
             guidance: 1000 * guidance scale, [B], float32; exactly when ``cfg.guidance_embed``.
+            given: [B, T], True for latent frames that are given, None if none are; with
+                ``image_condition=token_replace`` alone. Tokens of these are modulated as at time 0
+                and without guidance in every block; what the model predicts for them means nothing.
 
         Returns:
             Velocity [B, out_channels, T, H, W] in the weights' dtype.
@@ -143,10 +162,8 @@ class HunyuanVideo(nn.Module):
         Raises:
             ValueError: a shape does not fit the config, or guidance is missing or not taken.
         """
-        grid = self._check_inputs(latents, text, pooled, guidance)
-        vec = self.time_in(time) + self.vector_in(pooled)  # [B, D]
-        if self.guidance_in is not None:
-            vec = vec + self.guidance_in(guidance)
+        grid = self._check_inputs(latents, text, pooled, guidance, given)
+        vec, clean = self._conditioning(time, pooled, guidance, given is not None)  # [B, D]
         patches = self.img_in.cut(latents)  # [B, N, F]
         img_tokens, txt_tokens = patches.shape[1], text.shape[1]
         img = self.img_in(self.tokens.shard_img(patches))  # [B, N, D]
@@ -155,16 +172,53 @@ class HunyuanVideo(nn.Module):
         rope = self.rope_cache.get(grid, txt_tokens, latents.device)
         apart, joined = self.tokens.rows(rope, text_mask, img_tokens, txt_tokens)
 
+        of_img, of_all = None, None
+        if given is not None and clean is not None:
+            of_img, of_all = self._given_tokens(given, clean, grid, patches, txt.shape[1])
+
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, apart.rope, apart.key_mask)
+            img, txt = block(img, txt, vec, apart.rope, apart.key_mask, of_img)
         x = torch.cat([img, txt], dim=1)  # [B, N+L, D]
         for block in self.single_blocks:
-            x = block(x, vec, joined.rope, joined.key_mask)
+            x = block(x, vec, joined.rope, joined.key_mask, of_all)
         out = self.final_layer(x[:, : img.shape[1]], vec)  # [B, N, F]
         return unpatchify(self.tokens.gather_img(out, img_tokens), grid, self.cfg.patch_size)
 
+    def _conditioning(
+        self, time: PerSample, pooled: Pooled, guidance: PerSample | None, given: bool
+    ) -> tuple[Vec, Vec | None]:
+        """Return the conditioning [B, D], and that of given frames where there are any."""
+        if not given:
+            embedded, clean = self.time_in(time), None
+        else:
+            embedded, clean = self.time_in(torch.cat([time, torch.zeros_like(time)])).chunk(2)
+        pooled = self.vector_in(pooled)
+        vec = embedded + pooled
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(guidance)
+        return vec, None if clean is None else clean + pooled
+
+    def _given_tokens(
+        self,
+        given: FrameMask,
+        clean: Vec,
+        grid: tuple[int, int, int],
+        patches: Patches,
+        txt_rows: int,
+    ) -> tuple[GivenTokens, GivenTokens]:
+        """Return which of this device's image tokens, and of its joint tokens, are given."""
+        tokens = given[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)  # [B, N]
+        mine = self.tokens.shard_img(tokens[..., None].to(patches.dtype))[..., 0] > 0
+        joint = functional.pad(mine, (0, txt_rows))
+        return GivenTokens(clean, mine), GivenTokens(clean, joint)
+
     def _check_inputs(
-        self, latents: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None
+        self,
+        latents: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: Tensor | None,
+        given: Tensor | None,
     ) -> tuple[int, int, int]:
         """Check shapes (never values) and return the token grid (t, h, w)."""
         cfg = self.cfg
@@ -192,6 +246,16 @@ class HunyuanVideo(nn.Module):
             raise ValueError(
                 f"guidance was {'not ' if guidance is None else ''}given, but "
                 f"model.guidance_embed={str(cfg.guidance_embed).lower()}"
+            )
+        if given is not None and cfg.image_condition is not ImageCondition.token_replace:
+            raise ValueError(
+                f"given frames were passed, but model.image_condition={cfg.image_condition}; only "
+                "token_replace takes their mask"
+            )
+        if given is not None and given.shape != (latents.shape[0], latents.shape[2]):
+            raise ValueError(
+                f"the mask of given frames has shape {list(given.shape)}, but the latents are "
+                f"{latents.shape[0]} samples of {latents.shape[2]} frames"
             )
         t, h, w = (s // p for s, p in zip(latents.shape[2:], cfg.patch_size, strict=True))
         return t, h, w

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.spec import KeyLink
 
@@ -20,6 +20,12 @@ _THEIR_DOUBLE, _THEIR_SINGLE = "transformer_blocks.{}.", "single_transformer_blo
 _REFINER = "txt_in.individual_token_refiner.blocks.{}."
 _THEIR_REFINER = "context_embedder.token_refiner.refiner_blocks.{}."
 _CONTEXT_EMBED = "context_embedder.time_text_embed."
+
+_THEIR_IMAGE_CONDITION = {
+    ImageCondition.none: None,
+    ImageCondition.concat: "latent_concat",
+    ImageCondition.token_replace: "token_replace",
+}
 
 # Our module path (block index as {}) -> the diffusers modules holding it, stacked in this order.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -125,6 +131,7 @@ def diffusers_config(cfg: HunyuanConfig) -> dict[str, Any]:
         )
     return {
         "_class_name": "HunyuanVideoTransformer3DModel",
+        "image_condition_type": _THEIR_IMAGE_CONDITION[cfg.image_condition],
         "in_channels": cfg.in_channels,
         "out_channels": cfg.out_channels,
         "num_attention_heads": cfg.num_heads,
