@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hunyuan_train.observability.config import LoggingConfig
 from hunyuan_train.observability.flops import Peak
-from hunyuan_train.observability.trackers import Tracker, build_trackers
+from hunyuan_train.observability.trackers import JsonlTracker, Media, Tracker, build_trackers
 
 Value = Tensor | float | int | str
 
@@ -76,6 +76,17 @@ class MetricLogger:
             tracker.log(step, row)
         return row
 
+    def show(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Write values that have a file of their own to the other destinations alone."""
+        for tracker in self._trackers:
+            if not isinstance(tracker, JsonlTracker):
+                tracker.log(step, values)
+
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Write pictures and videos; any thread may call it."""
+        for tracker in self._trackers:
+            tracker.media(step, items)
+
     def close(self) -> None:
         """Write out what is pending."""
         for tracker in self._trackers:
@@ -117,6 +128,10 @@ class Throughput:
         self._flops += flops
         self._computed += computed_flops
         self._wait_s += data_wait_s
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last ``seconds``: they were not training."""
+        self._started_s += seconds
 
     def take(self) -> dict[str, float]:
         """Return the rates since the last call and start again.

@@ -1,19 +1,37 @@
 """Where rows of metrics go: a JSONL file, TensorBoard, Weights & Biases."""
 
+import io
 import json
 import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hunyuan_train.observability.config import LoggingConfig, WandbMode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Media:
+    """One picture or video of a step."""
+
+    name: str
+    """The same at every step, such as ``samples/000-0``."""
+    path: Path
+    """A png or mp4 file."""
+    caption: str = ""
+    moving: "Sequence[Image.Image]" = ()
+    """Small frames of a video, for destinations that play no mp4."""
 
 
 class Tracker(Protocol):
@@ -21,6 +39,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, row: Row) -> None:
         """Record the values of ``step``."""
+        ...
+
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Record pictures and videos of ``step``, maybe after later values; on any thread."""
         ...
 
     def close(self) -> None:
@@ -56,6 +78,9 @@ class JsonlTracker:
             json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
         )
 
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Leave them where they are: a file of numbers has no place for them."""
+
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
@@ -85,6 +110,25 @@ class TensorBoardTracker:
                 self._writer.add_text(name, value, step)
             else:
                 self._writer.add_scalar(name, value, step)
+
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Add pictures, and of videos their small frames as a moving picture, with captions."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for item in items:
+            if not item.moving and item.path.suffix == ".mp4":
+                continue
+            data = _gif(item.moving) if item.moving else item.path.read_bytes()
+            width, height = Image.open(io.BytesIO(data)).size
+            picture = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=data
+            )
+            summary = Summary(value=[Summary.Value(tag=item.name, image=picture)])
+            self._writer._get_file_writer().add_summary(summary, step)
+            if item.caption:
+                self._writer.add_text(f"{item.name}/prompt", item.caption, step)
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -127,9 +171,29 @@ class WandbTracker:
         """Send one row."""
         self._run.log(dict(row), step=step)
 
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Upload pictures and videos, on an axis of their own: wandb takes no step twice."""
+        import wandb
+
+        found: dict[str, Any] = {"media_step": step}
+        for item in items:
+            self._run.define_metric(item.name, step_metric="media_step")
+            video = item.path.suffix == ".mp4"
+            kind = wandb.Video if video else wandb.Image
+            found[item.name] = kind(str(item.path), caption=item.caption or None)
+        # Without a commit it goes along with the next row of metrics.
+        self._run.log(found, commit=False)
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def _gif(frames: "Sequence[Image.Image]") -> bytes:
+    buffer = io.BytesIO()
+    first, *rest = frames
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=125, loop=0)
+    return buffer.getvalue()
 
 
 def build_trackers(

@@ -1,12 +1,14 @@
 """Rows of metrics on disk, rates, the progress line and the logger."""
 
 import builtins
+import io
 import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hunyuan_train.observability.config import LoggingConfig, ProgressKind, WandbMode
@@ -14,6 +16,7 @@ from hunyuan_train.observability.flops import Peak
 from hunyuan_train.observability.logging import setup_logging
 from hunyuan_train.observability.metrics import MetricLogger, Throughput, to_host
 from hunyuan_train.observability.progress import Progress, format_duration, format_row
+from hunyuan_train.observability.trackers import Media
 
 
 def _rows(run_dir: Path) -> list[dict]:
@@ -241,3 +244,58 @@ def test_a_cadence_below_one_step_is_refused():
     with pytest.raises(ValueError, match=r"logging\.every_steps=0 must be at least 1"):
         LoggingConfig(every_steps=0)
     assert [s for s in range(1, 9) if LoggingConfig(every_steps=4).due(s)] == [4, 8]
+
+
+def test_pictures_reach_tensorboard_and_numbers_of_their_own_leave_the_metrics_alone(
+    tmp_path: Path,
+) -> None:
+    sheet, clip = tmp_path / "sheet.png", tmp_path / "clip.mp4"
+    Image.new("RGB", (6, 4), "red").save(sheet)
+    clip.write_bytes(b"")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    logger = MetricLogger(tmp_path, LoggingConfig())
+    logger.emit(30, {"loss": 1.0})
+    logger.media(
+        20,  # later values are there already: pictures come from a slower thread
+        [
+            Media(name="samples/sheet", path=sheet),
+            Media(name="samples/000-0", path=clip, caption="a fox", moving=frames),
+            Media(name="samples/001-0", path=clip),
+        ],
+    )
+    logger.show(20, {"evaluation/loss": 0.5})
+    logger.close()
+    assert [row["step"] for row in _rows(tmp_path)] == [30]
+    assert "evaluation/loss" not in _rows(tmp_path)[0]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("evaluation/loss")] == [(20, 0.5)]
+    assert sorted(events.Tags()["images"]) == ["samples/000-0", "samples/sheet"]
+    (moving,) = events.Images("samples/000-0")
+    assert (moving.step, moving.width, moving.height) == (20, 8, 8)
+    with Image.open(io.BytesIO(moving.encoded_image_string)) as picture:
+        assert (picture.format, getattr(picture, "n_frames", 1)) == ("GIF", 2)
+    assert "samples/000-0/prompt/text_summary" in events.Tags()["tensors"]
+
+
+def test_wandb_takes_pictures_of_earlier_steps(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    sheet = tmp_path / "sheet.png"
+    Image.new("RGB", (6, 4), "red").save(sheet)
+    logger = MetricLogger(tmp_path, LoggingConfig(wandb_mode=WandbMode.offline))
+    logger.emit(30, {"loss": 1.0})
+    logger.media(20, [Media(name="samples/sheet", path=sheet, caption="all prompts")])
+    logger.emit(31, {"loss": 0.5})
+    logger.close()
+    (kept,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples/*.png")
+    assert kept.read_bytes() == sheet.read_bytes()
+
+
+def test_rates_leave_out_what_was_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("hunyuan_train.observability.metrics.time.perf_counter", lambda: clock[0])
+    rates = Throughput(Peak(tflops=1.0, measured_tflops=1.0, source="", device=""))
+    rates.add(tokens=100, flops=0.0, computed_flops=0.0)
+    clock[0] = 12.0
+    rates.leave_out(10.0)
+    assert rates.take()["step_s"] == 2.0
