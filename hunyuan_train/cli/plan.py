@@ -7,9 +7,11 @@ from hunyuan_train.cli.launching import composed
 from hunyuan_train.engine import plan_report, planning
 from hunyuan_train.engine.plan_verify import verify_plan
 from hunyuan_train.engine.planning_run import plan_run
+from hunyuan_train.engine.scaling import plan_budget
 
 TOPICS = {
     "data": "buckets, shares, predicted balance and left-out files of the selection",
+    "budget": "model size, tokens and GPU-days of a compute budget, by a scaling law",
     "verify": "measures one block of each kind here and compares it with the prediction",
 }
 _RANKS = "--ranks"
@@ -21,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
         return _plan_layouts(argv)
     if argv[0] == "data":
         return _plan_data(argv[1:])
+    if argv[0] == "budget":
+        return _budget(argv[1:])
     if argv[0] == "verify":
         return _verify(argv[1:])
     topics = "; ".join(f"{name}: {text}" for name, text in TOPICS.items())
@@ -45,6 +49,16 @@ def _verify(argv: Sequence[str]) -> int:
     cfg = composed(argv)
     if cfg is not None:
         print(verify_plan(cfg))
+    return 0
+
+
+def _budget(argv: Sequence[str]) -> int:
+    """Divide ``scaling.budget``; ``C=1e7`` is short for it."""
+    short = "C="
+    fields = [f"scaling.budget={a.removeprefix(short)}" if a.startswith(short) else a for a in argv]
+    cfg = composed(fields)
+    if cfg is not None:
+        print(plan_budget(cfg))
     return 0
 
 

@@ -36,7 +36,7 @@ def curve_chart(
             that follow one another.
         log_y: logarithmic y; points at or below 0 are left out.
     """
-    figure, axes = _figure(8.6, 3.1)
+    figure, (axes,) = figure_with(1, 8.6, 3.1)
     offset = 0.0
     for number, (name, points) in enumerate(series.items()):
         data = np.array([(x, y) for x, y in points if y > 0 or not log_y], dtype=float)
@@ -58,7 +58,7 @@ def curve_chart(
     axes.set_ylabel(y_label)
     axes.margins(x=0.01)
     _legend(axes, len(series))
-    return _png(figure)
+    return png(figure)
 
 
 def bar_chart(
@@ -76,7 +76,7 @@ def bar_chart(
         y_label: name of the share.
         targets: share per group that counts as reached, drawn as a line across the group.
     """
-    figure, axes = _figure(8.6, 3.3)
+    figure, (axes,) = figure_with(1, 8.6, 3.3)
     width = 0.8 / max(len(bars), 1)
     places = np.arange(len(groups), dtype=float)
     for number, (name, values) in enumerate(bars.items()):
@@ -96,20 +96,22 @@ def bar_chart(
     axes.set_ylabel(y_label)
     axes.grid(axis="x", visible=False)
     _legend(axes, len(bars) + bool(targets))
-    return _png(figure)
+    return png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def figure_with(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches with empty axes side by side, in the report's style."""
     # The figure is made without pyplot: nothing global is left behind and no display is looked for.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999")
-    axes.grid(color="#e4e6ea", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors="#444", labelsize=8)
-    return figure, axes
+    found = [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#999")
+        axes.grid(color="#e4e6ea", lw=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors="#444", labelsize=8)
+    return figure, found
 
 
 def _legend(axes: Axes, entries: int) -> None:
@@ -128,7 +130,8 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
