@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hunyuan_train.cli.launching import composed
+from hunyuan_train.engine.embedded_data import Stopwatch, make_data
 from hunyuan_train.engine.scaling import CHART_NAME, JSON_NAME, fit_scaling, sweep
 from hunyuan_train.observability.logging import setup_logging
 
@@ -16,9 +17,12 @@ def main(argv: Sequence[str]) -> int:
     if cfg is None:
         return 0
     setup_logging(cfg.logging)
-    if sweeping:
-        cfg.scaling.runs = sweep(cfg, arguments)
     folder = Path(cfg.run.dir)
+    if sweeping:
+        if not cfg.data.latents:
+            folder.mkdir(parents=True, exist_ok=True)
+            arguments += make_data(cfg, arguments, Stopwatch(folder / "seconds.json"))
+        cfg.scaling.runs = sweep(cfg, arguments)
     result = fit_scaling(cfg)
     result.write(folder)
     print(f"{result}\n\n{folder / CHART_NAME}\n{folder / JSON_NAME}")

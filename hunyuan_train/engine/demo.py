@@ -6,10 +6,8 @@ when the demo is started again in the same folder.
 
 import dataclasses
 import json
-import logging
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from hunyuan_train.data.shapes import (
     Combination,
     draw_clip,
     held_out_prompts,
-    write_shapes_dataset,
 )
+from hunyuan_train.engine.embedded_data import Stopwatch, make_data
 from hunyuan_train.engine.reporting import (
     data_tables,
     machine,
@@ -38,8 +36,6 @@ from hunyuan_train.observability.process_memory import PeakTreeMemory
 from hunyuan_train.runtime.processes import run_ranks
 from hunyuan_train.runtime.seed import keyed_generator
 
-log = logging.getLogger(__name__)
-
 SCORES_NAME = "scores.json"
 INTRO = (
     "A small VAE and a small diffusion transformer, trained from nothing on generated clips of "
@@ -47,26 +43,6 @@ INTRO = (
     "showed; the scores are read from the pixels of the written mp4 files by plain image "
     "measurements."
 )
-
-
-class Stopwatch:
-    """Seconds each named part took, kept on disk so that a restarted demo reports them all."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the times of an earlier start, if there was one."""
-        self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def run(self, name: str, part: Callable[[], None]) -> None:
-        """Run ``part`` unless it has finished before, and note its seconds."""
-        if name in self.seconds:
-            log.info("demo: %s is done already", name)
-            return
-        log.info("demo: %s", name)
-        started = time.monotonic()
-        part()
-        self.seconds[name] = time.monotonic() - started
-        self._path.write_text(json.dumps(self.seconds, indent=2))
 
 
 def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
@@ -79,16 +55,9 @@ def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
     Raises:
         ValueError: if a part fails.
     """
-    folder = Path(cfg.run.dir)
+    folder, demo = Path(cfg.run.dir), cfg.demo
     folder.mkdir(parents=True, exist_ok=True)
-    clips, vae, latents = folder / "clips", folder / "vae", folder / "latents"
-    demo = cfg.demo
-    common = [
-        *arguments,
-        f"data.source={clips}",
-        f"data.latents={latents}",
-        f"run.vae={vae}",
-    ]
+    vae = folder / "vae"
     prompts = held_out_prompts()[: demo.num_prompts]
     prompts_file = folder / "prompts.txt"
     prompts_file.write_text("\n".join(prompts) + "\n")
@@ -101,10 +70,8 @@ def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
 
     watch = Stopwatch(folder / "seconds.json")
     with PeakTreeMemory(os.getpid()) as memory:
-        watch.run("draw clips", lambda: _draw(clips, cfg))
-        watch.run("train the VAE", lambda: run_ranks("train-vae", [*common, "run.threads=2"], 1))
-        watch.run("precompute", lambda: run_ranks("precompute", common, demo.ranks))
-        watch.run("train the curriculum", lambda: run_ranks("curriculum", common, demo.ranks))
+        fields = [*arguments, *make_data(cfg, arguments, watch)]
+        watch.run("train the curriculum", lambda: run_ranks("curriculum", fields, demo.ranks))
         watch.run("sample", lambda: sample("ema"))
         watch.run("sample the untrained model", lambda: sample("initial"))
         watch.run("score", lambda: _write_scores(cfg, folder, prompts))
@@ -113,10 +80,6 @@ def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
     figures["seconds_by_part"] = watch.seconds
     figures["peak_gib"] = memory.peak_bytes / 2**30
     return _write_report(cfg, folder, prompts, figures)
-
-
-def _draw(clips: Path, cfg: RunConfig) -> None:
-    write_shapes_dataset(clips, cfg.demo.num_clips, cfg.demo.num_images, cfg.run.seed)
 
 
 def _write_scores(cfg: RunConfig, folder: Path, prompts: list[str]) -> None:
