@@ -36,10 +36,20 @@ def check_warmup(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def check_distillation(cfg: RunConfig) -> Iterator[str]:
+    """A student must be told its scale."""
+    if cfg.objective.distill and not cfg.model.guidance_embed:
+        yield (
+            "objective.distill=true teaches the model what a guidance scale does, but "
+            "model.guidance_embed=false; set it to true"
+        )
+
+
 RULES: list[Callable[[RunConfig], Iterator[str]]] = [
     check_text_width,
     check_latent_channels,
     check_warmup,
+    check_distillation,
 ]
 
 

@@ -19,6 +19,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.data import build_loader, open_data, token_limit
 from hunyuan_train.engine.fitting import fit_kernels, fit_memory
 from hunyuan_train.engine.state import TrainState
+from hunyuan_train.engine.teacher import build_teacher
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
 from hunyuan_train.optim.ema import Ema
@@ -90,6 +91,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
         modes=modes,
+        teacher=build_teacher(cfg, axes, world) if cfg.objective.distill else None,
     )
     folder = Path(cfg.run.dir)
     run = TrainRun(

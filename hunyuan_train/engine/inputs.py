@@ -1,6 +1,7 @@
 """From a micro-batch to what the model takes: every draw keyed by its sample."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,15 +13,39 @@ from hunyuan_train.objectives.conditioning import (
     apply_text_drop,
     check_text_mask,
     guidance_input,
+    keyed_scales,
     text_drop_mask,
 )
 from hunyuan_train.objectives.flow_matching import (
+    TIME_SCALE,
     interpolate,
     keyed_noise,
     model_time,
     velocity_target,
 )
 from hunyuan_train.objectives.timesteps import loss_weights, sample_sigmas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """Text features of some samples as the model takes them."""
+
+    text: Tensor
+    """[B, L, D]."""
+    text_mask: Tensor | None
+    """[B, L] bool; None where every token is valid."""
+    pooled: Tensor
+    """[B, P]."""
+
+    @classmethod
+    def of(cls, text: Tensor, mask: Tensor, pooled: Tensor, like: Tensor) -> Self:
+        """Trim features on the CPU and bring them to device and type of ``like``."""
+        text, kept = trim_text(text, mask)
+        return cls(
+            text=text.to(like),
+            text_mask=None if kept is None else kept.to(like.device),
+            pooled=pooled.to(like),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +63,8 @@ class ModelInputs:
     """[B] float32 on the CPU: the noise level of each sample."""
     weights: Tensor | None
     """[B] float32: what the loss of each sample is multiplied by; None for 1."""
+    empty: Caption | None = None
+    """Of a distillation: what the teacher's prediction without a caption takes."""
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """Return the arguments of the model's forward, in order."""
@@ -66,7 +93,7 @@ def build_inputs(
     weights = loss_weights(cfg.objective.weighting, sigma)
     check_text_mask(batch.text_mask, ids)
     text, mask, pooled = apply_text_drop(
-        text_drop_mask(seed, ids, epochs, cfg.objective.text_drop),
+        text_drop_mask(seed, ids, epochs, cfg.objective.text_drop * (not cfg.objective.distill)),
         batch.text,
         batch.text_mask,
         batch.pooled,
@@ -74,22 +101,36 @@ def build_inputs(
         batch.empty_mask,
         batch.empty_pooled,
     )
-    text, kept_mask = trim_text(text, mask)
-    guidance = None
+    guidance, empty = None, None
+    noisy = interpolate(latents, noise, sigma).to(
+        device, getattr(torch, cfg.parallel.compute_dtype)
+    )
     if cfg.model.guidance_embed:
         guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
-    dtype = getattr(torch, cfg.parallel.compute_dtype)
+    if cfg.objective.distill:
+        guidance = (keyed_scales(cfg.objective, seed, ids, epochs) * TIME_SCALE).to(device)
+        empty = empty_caption(batch, noisy)
+    caption = Caption.of(text, mask, pooled, noisy)
     return ModelInputs(
-        noisy=interpolate(latents, noise, sigma).to(device, dtype),
+        noisy=noisy,
         time=model_time(sigma).to(device),
-        text=text.to(device, dtype),
-        text_mask=None if kept_mask is None else kept_mask.to(device),
-        pooled=pooled.to(device, dtype),
+        text=caption.text,
+        text_mask=caption.text_mask,
+        pooled=caption.pooled,
         guidance=guidance,
         target=velocity_target(latents, noise).to(device),
         sigma=sigma,
         weights=None if weights is None else weights.to(device),
+        empty=empty,
     )
+
+
+def empty_caption(batch: Batch, like: Tensor) -> Caption:
+    """Return the empty caption for every sample of ``batch``, with device and type of ``like``."""
+    size = len(batch.sample_ids)
+    parts = batch.empty_text, batch.empty_mask, batch.empty_pooled
+    text, mask, pooled = (part.expand(size, *part.shape) for part in parts)
+    return Caption.of(text, mask, pooled, like)
 
 
 def loss_tokens(batch: Batch, cfg: RunConfig) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.loader import BucketLoader
+from hunyuan_train.engine.teacher import Teacher
 from hunyuan_train.memory.recompute import BucketMode
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, viewed
@@ -32,6 +33,8 @@ class TrainState:
     tokens: int = 0
     modes: Mapping[Bucket, BucketMode] = field(default_factory=dict)
     """What blocks keep of each bucket's micro-batches, as planned for this device; no state."""
+    teacher: Teacher | None = None
+    """Who says what to predict, instead of the data; frozen, so no state."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the live weights and their average, if any, as parts of the whole model."""

@@ -1,6 +1,6 @@
 """One optimizer update: micro-batches in, reduced numbers out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -205,6 +205,8 @@ def train_step(
         updates.start_micro_step(last=last)
         set_recompute(state.model.module, mode.recompute, mode.offload)
         x = build_inputs(batch, cfg, scaling_factor, world.device)
+        if state.teacher is not None:
+            x = replace(x, target=state.teacher.target(x))
         predicted = updates.module(*x.arguments())
         parts = flow_matching_loss(predicted, x.target, weights=x.weights)
         loss = parts.sum * batch.weight

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hunyuan_train.objectives.config import FlowMatchingConfig
 from hunyuan_train.objectives.flow_matching import TIME_SCALE
 from hunyuan_train.runtime.seed import keyed_uniform
 
@@ -91,3 +92,21 @@ def guidance_input(scale: float, batch_size: int, device: torch.device | str) ->
     6.016 to give weights trained there what they expect.
     """
     return torch.full((batch_size,), scale * TIME_SCALE, dtype=torch.float32, device=device)
+
+
+def keyed_scales(
+    cfg: FlowMatchingConfig, seed: int, sample_ids: Sequence[str | int], epochs: Sequence[int]
+) -> Tensor:
+    """Draw the guidance scale w of each sample of a distillation, uniform in its range.
+
+    Keyed by (seed, sample, epoch), so a sample has the same scale on any rank.
+
+    Returns:
+        [B] float32 on the CPU.
+    """
+    width = cfg.guidance_max - cfg.guidance_min
+    draws = [
+        cfg.guidance_min + width * keyed_uniform(seed, "guidance", sample_id, epoch)
+        for sample_id, epoch in zip(sample_ids, epochs, strict=True)
+    ]
+    return torch.tensor(draws, dtype=torch.float32)

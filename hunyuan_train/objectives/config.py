@@ -55,7 +55,8 @@ class FlowMatchingConfig:
     """Learn the guided output of a frozen teacher instead of the data's velocity: `uncond + w *
     (cond - uncond)` with w drawn per sample, which the model is told (`model.guidance_embed`)."""
     teacher: str = ""
-    """Run or checkpoint of the teacher; empty takes what the stage starts from."""
+    """Run, checkpoint or folder of weights of the teacher, which has no `guidance_embed` and whose
+    moving average is taken; empty takes what the stage starts from."""
     guidance_min: float = 1.0
     """Smallest scale w of a distillation, and 8 the largest published (arXiv 2412.03603, 5.3)."""
     guidance_max: float = 8.0
@@ -65,7 +66,9 @@ class FlowMatchingConfig:
         """Reject values that define no distribution."""
         for name, share in self.tasks.items():
             if name not in set(Task):
-                raise ValueError(f"objective.tasks.{name} is unknown; choose from {', '.join(Task)}")
+                raise ValueError(
+                    f"objective.tasks.{name} is unknown; choose from {', '.join(Task)}"
+                )
             if share < 0:
                 raise ValueError(f"objective.tasks.{name}={share} must not be negative")
         if self.tasks and not sum(self.tasks.values()):
