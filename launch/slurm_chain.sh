@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
-# One job per stage: launch/slurm_chain.sh STAGE[,STAGE...] run.dir=FOLDER [overrides...]
-# Job k runs the curriculum of the first k stages in the same run folder, where the ledger tells it
-# that all but the last are done. It starts once job k-1 has ended well, and is dropped if that
-# failed. Options of sbatch go into SBATCH_... variables. Prints the numbers of the jobs.
+# One job per stage: launch/slurm_chain.sh [--from STAGE] [--until STAGE] curriculum=NAME run.dir=FOLDER
+# [overrides...]. Each runs its stage in the same run folder, once the job of the stage it comes
+# after has ended well, and is dropped if that failed. Branches run beside each other. Options of
+# sbatch go into SBATCH_... variables. Prints the number and the stage of each job.
 set -euo pipefail
-stages=${1:?which stages? STAGE[,STAGE...] of conf/stage}
-shift
 script=$(dirname "$0")/slurm.sbatch
-after=()
-so_far=
-for stage in ${stages//,/ }; do
-  so_far+=${so_far:+,}$stage
-  job=$(sbatch --parsable --job-name="$stage" --kill-on-invalid-dep=yes "${after[@]}" \
-    "$script" curriculum "$@" "curriculum.stages=[$so_far]")
-  after=(--dependency="afterok:${job%%;*}")
-  echo "$job"
+overrides=()
+selection=()
+while (($#)); do
+  case $1 in
+    --from | --until) selection+=("$1" "${2:?which stage? $1 STAGE}") && shift ;;
+    --from=* | --until=*) selection+=("$1") ;;
+    *) overrides+=("$1") ;;
+  esac
+  shift
 done
+listed=$(python -m hunyuan_train curriculum --list "${selection[@]}" "${overrides[@]}")
+: "${listed:?the curriculum has no stages; name one: curriculum=...}"
+declare -A jobs
+while read -r stage after; do
+  first=()
+  [[ -z ${jobs[$after]-} ]] || first=(--dependency="afterok:${jobs[$after]}")
+  job=$(sbatch --parsable --job-name="$stage" --kill-on-invalid-dep=yes "${first[@]}" \
+    "$script" curriculum "${overrides[@]}" --from "$stage" --until "$stage")
+  jobs[$stage]=${job%%;*}
+  echo "${jobs[$stage]} $stage"
+done <<<"$listed"

@@ -225,6 +225,26 @@ def section_to_read(path: Path, stored: Mapping[str, Any], wanted: str) -> str:
     return wanted
 
 
+def open_checkpoint(
+    folder: str | Path, ranks: Ranks, *, verify: bool = True
+) -> tuple[Path, Manifest]:
+    """Find the checkpoint that a folder means, the same on all ranks, and check its files.
+
+    Raises:
+        ValueError: There is none, or it is damaged; raised on every rank.
+    """
+    path, problem = Path(folder), ""
+    if ranks.is_first:
+        try:
+            path = find_checkpoint(folder)
+        except ValueError as error:  # The other ranks wait for the answer.
+            problem = str(error)
+    path, problem = ranks.from_first((path, problem))
+    if problem:
+        raise ValueError(problem)
+    return path, _inspected(path, ranks, hashes=verify)
+
+
 def load_weights(
     folder: str | Path, which: str = "ema", *, verify: bool = True
 ) -> dict[str, Tensor]:
@@ -284,16 +304,7 @@ def restore_into(
             not fit.
     """
     ranks = Ranks(group)
-    path, problem = Path(folder), ""
-    if ranks.is_first:
-        try:
-            path = find_checkpoint(folder)
-        except ValueError as error:  # The other ranks wait for the answer.
-            problem = str(error)
-    path, problem = ranks.from_first((path, problem))
-    if problem:
-        raise ValueError(problem)
-    manifest = _inspected(path, ranks, hashes=verify)
+    path, manifest = open_checkpoint(folder, ranks, verify=verify)
     if identity is not None:
         check_identity(path, manifest.identity, identity)
     stored = stored_tensors(path)

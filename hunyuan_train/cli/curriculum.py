@@ -1,24 +1,33 @@
-"""``hunyuan-train curriculum``: stages one after the other."""
+"""``hunyuan-train curriculum``: the stages of a graph, each after the one it needs."""
 
 from collections.abc import Sequence
 
 from hunyuan_train.cli.launching import composed, joined_world
-from hunyuan_train.config.compose import compose_config
-from hunyuan_train.engine.curriculum import run_curriculum, stage_overrides
+from hunyuan_train.cli.options import SELECTION, split_options
+from hunyuan_train.engine.curriculum import compose_stages, run_curriculum
 from hunyuan_train.engine.loop import Outcome
 from hunyuan_train.resilience.crashes import EXIT_PREEMPTED
 from hunyuan_train.resilience.preemption import Preemption
 
+DRY_RUN, LIST = "--dry-run", "--list"
+
 
 def main(argv: Sequence[str]) -> int:
-    """Run the curriculum; return 75 when a signal stopped it after saving."""
-    cfg = composed(argv)
+    """Run the curriculum; return 75 when a signal stopped it after saving.
+
+    ``--from NAME`` runs this stage and what comes after it, ``--until NAME`` this one and what it
+    needs. ``--dry-run`` says what it would take, ``--list`` names each stage and the one before it.
+    """
+    options, overrides = split_options(argv, SELECTION, (DRY_RUN, LIST))
+    cfg = composed(overrides)
     if cfg is None:
         return 0
-    stages = [
-        compose_config([*argv, *stage_overrides(cfg, number)])
-        for number in range(len(cfg.curriculum.stages))
-    ]
+    first, last = (options.get(name, "") for name in SELECTION)
+    if LIST in options:
+        for name in cfg.curriculum.selection(first, last):
+            print(name, cfg.curriculum.stages[name].after or "-")
+        return 0
+    stages = compose_stages(overrides, cfg)
     with Preemption(cfg.resilience) as preemption, joined_world(cfg) as world:
-        outcome = run_curriculum(cfg, stages, world, preemption)
+        outcome = run_curriculum(cfg, stages, world, preemption, first=first, last=last)
     return EXIT_PREEMPTED if outcome is Outcome.PREEMPTED else 0

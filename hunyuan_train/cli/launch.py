@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+from hunyuan_train.cli.options import SELECTION, split_options
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.engine.launching import launch_verb
+from hunyuan_train.engine.ledger import stage_folder
 from hunyuan_train.observability.logging import setup_logging
 
 VERBS = ("train", "curriculum", "train-vae", "precompute", "certify")
@@ -31,6 +33,11 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         print(f"hunyuan-train launch: {verb} is not one of {' '.join(VERBS)}", file=sys.stderr)
         return 2
-    cfg = compose_config(arguments)
+    options, overrides = split_options(arguments, SELECTION if verb == "curriculum" else ())
+    cfg = compose_config(overrides)
     setup_logging(cfg.logging)
-    return launch_verb(verb, arguments, cfg)
+    chosen = cfg.curriculum.selection(*(options.get(name, "") for name in SELECTION))
+    # One stage is a job of its own: others of the same curriculum may run beside it.
+    alone = bool(options) and len(chosen) == 1
+    folder = stage_folder(cfg, chosen[0]) if alone else None
+    return launch_verb(verb, arguments, cfg, folder)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from hunyuan_train.config.curriculum import Carried
 from hunyuan_train.config.root import RunConfig
 
 
@@ -28,8 +29,8 @@ def check_latent_channels(cfg: RunConfig) -> Iterator[str]:
 
 
 def check_warmup(cfg: RunConfig) -> Iterator[str]:
-    """The warm-up must end before the stage does."""
-    if cfg.optimizer.warmup_steps >= cfg.stage.steps:
+    """The warm-up must end before the stage does, unless it was in an earlier one."""
+    if Carried.schedule not in cfg.stage.carry and cfg.optimizer.warmup_steps >= cfg.stage.steps:
         yield (
             f"optimizer.warmup_steps={cfg.optimizer.warmup_steps} does not end before "
             f"stage.steps={cfg.stage.steps}; lower the warm-up or train longer"

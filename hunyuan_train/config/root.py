@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field
 
 from hunyuan_train.checkpoint.config import CheckpointConfig
-from hunyuan_train.config.run import (
-    CertifyConfig,
-    CurriculumConfig,
-    DemoConfig,
-    RunSection,
-    StageConfig,
-)
+from hunyuan_train.config.curriculum import CurriculumConfig
+from hunyuan_train.config.run import CertifyConfig, DemoConfig, RunSection, StageConfig
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.encoders.config import TextEncoderConfig
 from hunyuan_train.evaluation.config import EvaluationConfig, SampleConfig
+from hunyuan_train.evaluation.scaling_config import ScalingConfig
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
@@ -50,3 +46,4 @@ class RunConfig:
     certify: CertifyConfig = field(default_factory=CertifyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)

@@ -1,7 +1,9 @@
-"""Sections that belong to the run as a whole: where it lives, its stage, its curriculum."""
+"""Sections that belong to the run as a whole: where it lives, its stage, its proof, its demo."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from hunyuan_train.config.curriculum import Carried, Transform, check_carry, default_carry
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,17 +37,40 @@ class StageConfig:
     """One training stage: how long, on how much at once, and from where."""
 
     name: str = "stage"
-    """Name of the stage, also the name of its folder in a curriculum."""
+    """Name of the stage, for logs and charts."""
 
     steps: int = 1000
-    """Optimizer updates in the stage."""
+    """Most optimizer updates of the stage."""
+
+    samples: int = 0
+    """The stage ends with the update that brings it to so many samples; 0 does not count them."""
+
+    tokens: int = 0
+    """The stage ends with the update that brings it to so many image tokens; 0 does not count."""
+
+    plateau: int = 0
+    """The stage ends after so many evaluations in turn whose held-out loss did not fall; 0 goes on.
+    Needs `evaluation.every_steps`."""
+
+    plateau_gain: float = 0.002
+    """Share by which the held-out loss has to fall below the lowest before to count as falling."""
+
+    schedule_steps: int = 0
+    """Updates over which the learning rate falls, with those of earlier stages where `carry` has
+    schedule; 0 is up to the last update of this stage."""
 
     micro_steps: int = 1
     """Micro-batches each rank accumulates into one update."""
 
     init_from: str = ""
-    """Run or checkpoint whose weights and EMA the stage starts from, or a folder of weights that
-    ``convert`` wrote; empty starts from scratch."""
+    """Run or checkpoint that the stage starts from, or a folder of weights that ``convert`` wrote;
+    empty starts from scratch."""
+
+    carry: list[Carried] = field(default_factory=default_carry)
+    """What is taken over from there: weights, ema, optimizer, schedule, loader."""
+
+    transform: list[Transform] = field(default_factory=list)
+    """How those weights are made to fit a larger model: input_channels, guidance_embed."""
 
     def __post_init__(self) -> None:
         """Check single fields.
@@ -56,6 +81,12 @@ class StageConfig:
         for name in ("steps", "micro_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name}={getattr(self, name)} must be at least 1")
+        for name in ("samples", "tokens", "plateau", "schedule_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.plateau_gain < 1:
+            raise ValueError(f"stage.plateau_gain={self.plateau_gain} must be from 0 to below 1")
+        check_carry("stage", self.carry)
 
 
 class CertifyWidth(StrEnum):
@@ -128,14 +159,3 @@ class DemoConfig:
         for name in ("num_clips", "num_images", "num_prompts", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"demo.{name}={getattr(self, name)} must be at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
-class CurriculumConfig:
-    """Stages run one after the other, each from the weights and EMA of the one before."""
-
-    name: str = ""
-    """Name of the curriculum; empty when there is none."""
-
-    stages: list[str] = field(default_factory=list)
-    """Names of files in conf/stage, in the order they run."""

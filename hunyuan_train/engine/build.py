@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hunyuan_train.checkpoint.load import restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.checkpoint.storage import step_of
 from hunyuan_train.checkpoint.tensor_digest import boxes, digest_boxes
-from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.data import build_loader, open_data, token_limit
 from hunyuan_train.engine.fitting import fit_kernels, fit_memory
+from hunyuan_train.engine.start import start_from
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.teacher import build_teacher
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
@@ -28,7 +27,6 @@ from hunyuan_train.parallel.apply import ParallelModel, check_sequence, parallel
 from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import Axes, build_axes
-from hunyuan_train.parallel.view import fill_part
 from hunyuan_train.resilience.guard import Guard
 from hunyuan_train.resilience.replicas import Replicas
 from hunyuan_train.resilience.snapshots import Snapshots
@@ -106,7 +104,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     )
     run.restored = restore(run)
     if run.restored is None and cfg.stage.init_from:
-        start_from(run, Path(cfg.stage.init_from))
+        start_from(run.state, cfg)
     return run
 
 
@@ -192,33 +190,4 @@ def start_fresh(run: TrainRun) -> None:
     state.skipped_updates.zero_()
     state.restart_counters()
     if cfg.stage.init_from:
-        start_from(run, Path(cfg.stage.init_from))
-
-
-def start_from(run: TrainRun, source: Path) -> None:
-    """Take the weights of another run's checkpoint, or of a folder that ``convert`` wrote.
-
-    A run gives its weights and its EMA; a folder gives one set of weights for both.
-
-    Raises:
-        ValueError: naming what is missing, damaged or of another shape.
-    """
-    if not any(source.glob("*.safetensors")):
-        restore_into(source, run.state.weights(), identity=config_dict(run.cfg.model))
-        run.state.updates.weights_changed()
-        return
-    tensors = open_source(source, ema=False)
-    views = run.state.weights()["model"]
-    for name, view in views.items():
-        if name not in tensors.infos:
-            raise ValueError(f"stage.init_from={source} lacks the tensor {name} of this model")
-        found, wanted = tuple(tensors.infos[name].shape), tuple(view.shape)
-        if found != wanted:
-            raise ValueError(
-                f"stage.init_from={source}: {name} is {list(found)} there and {list(wanted)} in "
-                "this model; choose the model config it was made with"
-            )
-    for name, view in views.items():
-        fill_part(view, tensors.read(name))
-    run.state.updates.weights_changed()
-    run.state.ema.reset()
+        start_from(state, cfg)

@@ -1,95 +1,253 @@
-"""Stages run one after the other, each from the weights and EMA of the one before."""
+"""Stages of a graph, each from what it takes over of the one before; finished ones stay so."""
 
+import gc
+import hashlib
 import json
 import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from hunyuan_train.checkpoint.load import read_manifest
+from hunyuan_train.config.compose import compose_config, config_dict, flat_fields
+from hunyuan_train.config.model_changes import unexplained
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.build import build_checkpoints
-from hunyuan_train.engine.loop import Outcome, train
+from hunyuan_train.engine.ending import stage_end
+from hunyuan_train.engine.ledger import (
+    Ledger,
+    StageRecord,
+    Status,
+    changing,
+    stage_folder,
+    write_json,
+)
+from hunyuan_train.engine.loop import FREE_TO_CHANGE, Outcome, train
 from hunyuan_train.resilience.preemption import Preemption
-from hunyuan_train.runtime.dist import World, barrier
+from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
 
-LEDGER_NAME = "curriculum.json"
+T = TypeVar("T")
+
+FIELDS_NAME = "curriculum_fields.json"
+"""File that holds what the identity in the ledger is the digest of."""
+_OWN = ("run.dir", "run.name", "stage.init_from")
+"""Fields that the curriculum sets itself."""
 
 
-def stage_folder(cfg: RunConfig, number: int) -> Path:
-    """Return the folder of stage ``number`` (from 0) inside the curriculum's run folder."""
-    return Path(cfg.run.dir) / "stages" / f"{number + 1:02d}-{cfg.curriculum.stages[number]}"
+def compose_stages(overrides: Sequence[str], cfg: RunConfig) -> dict[str, RunConfig]:
+    """Return the config of every stage of a curriculum by name, in the order they run.
 
-
-def stage_overrides(cfg: RunConfig, number: int) -> list[str]:
-    """Return the overrides that make a curriculum's config the config of its stage ``number``."""
-    return [
-        f"stage={cfg.curriculum.stages[number]}",
-        f"run.dir={stage_folder(cfg, number)}",
-        f"run.name={cfg.run.name}-{cfg.curriculum.stages[number]}",
-    ]
-
-
-def read_ledger(folder: Path) -> dict[str, str]:
-    """Return the final checkpoint of each finished stage, by stage folder name."""
-    path = folder / LEDGER_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_ledger(folder: Path, ledger: dict[str, str]) -> None:
-    """Write the ledger through a temporary file, so that a kill never leaves half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{LEDGER_NAME}.tmp"
-    temporary.write_text(json.dumps(ledger, indent=2))
-    temporary.replace(folder / LEDGER_NAME)
+    Raises:
+        ValueError: a stage does not compose, or cannot start from the one it comes after.
+    """
+    stages, ledger = {}, Ledger.read(Path(cfg.run.dir))
+    for name in cfg.curriculum.order():
+        node = cfg.curriculum.stages[name]
+        own = [
+            f"stage={node.stage or name}",
+            f"run.dir={stage_folder(cfg, name, ledger)}",
+            f"run.name={cfg.run.name}-{name}",
+            f"stage.carry=[{','.join(node.carry)}]",
+            f"stage.transform=[{','.join(node.transform)}]",
+        ]
+        try:
+            stages[name] = compose_config([*overrides, *own])
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}") from error
+    problems = []
+    for name, stage in stages.items():
+        if not (after := cfg.curriculum.stages[name].after):
+            continue
+        reasons = unexplained(
+            config_dict(stages[after].model), config_dict(stage.model), stage.stage.transform
+        )
+        problems += [f"stage {name} cannot start from {after}: {reason}" for reason in reasons]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return stages
 
 
 def run_curriculum(
-    cfg: RunConfig, stages: list[RunConfig], world: World, preemption: Preemption
+    cfg: RunConfig,
+    stages: Mapping[str, RunConfig],
+    world: World,
+    preemption: Preemption,
+    *,
+    first: str = "",
+    last: str = "",
 ) -> Outcome:
     """Run every stage that the ledger does not call finished.
 
     Args:
-        cfg: the curriculum's own config; ``run.dir`` holds the ledger and the stage folders.
-        stages: the config of each stage, in order.
-        world: this process's place.
-        preemption: the signal flag that ends the run after a save.
+        cfg: The curriculum's own config; ``run.dir`` holds the ledger and the stage folders.
+        stages: What :func:`compose_stages` returned.
+        world: This process's place.
+        preemption: The signal flag that ends the run after a save.
+        first: Run this stage and what comes after it alone.
+        last: Run this stage and what it needs alone.
 
     Raises:
-        ValueError: if there are no stages, or a stage ends without a checkpoint to go on from.
+        ValueError: there are no stages; the folder belongs to another curriculum; a stage comes
+            after one that is not finished; or one ends without a checkpoint to go on from.
     """
     if not stages:
         raise ValueError(
             "curriculum.stages is empty; name a curriculum, for example curriculum=demo"
         )
+    chosen = cfg.curriculum.selection(first, last)
     folder = Path(cfg.run.dir)
-    ledger = read_ledger(folder)
-    previous = ""
-    for number, stage in enumerate(stages):
-        name = stage_folder(cfg, number).name
-        if name not in ledger:
-            stage.stage.init_from = previous
-            log.info("stage %d of %d: %s", number + 1, len(stages), stage.stage.name)
-            outcome = train(stage, world, preemption)
-            if outcome is not Outcome.DONE:
-                return outcome
-            ledger[name] = str(final_checkpoint(stage).relative_to(folder))
-            if world.rank == 0:
-                write_ledger(folder, ledger)
-            barrier()
-        previous = str(folder / ledger[name])
+    ledger = _by_first(world, lambda: _claim(cfg, stages, world, chosen))
+    for number, name in enumerate(chosen, start=1):
+        if ledger.stages[name].state is Status.done:
+            continue
+        stage = stages[name]
+        ledger = _by_first(world, lambda name=name: _begin(folder, name))
+        stage.data.planned_ranks = ledger.stages[name].planned_ranks
+        if after := ledger.stages[name].after:
+            stage.stage.init_from = str(folder / ledger.stages[after].checkpoint)
+        log.info("stage %d of %d: %s", number, len(chosen), name)
+        outcome = train(stage, world, preemption)
+        gc.collect()  # else the last cycles of its model go when the next one fills the device
+        if outcome is not Outcome.DONE:
+            _by_first(world, lambda name=name: _stop(folder, name))
+            return outcome
+        ledger = _by_first(world, lambda name=name, stage=stage: _finish(folder, name, stage))
     return Outcome.DONE
 
 
-def final_checkpoint(cfg: RunConfig) -> Path:
-    """Return the checkpoint at which a finished stage stopped.
+def _by_first(world: World, do: Callable[[], T]) -> T:
+    """Return what the first rank does, on every rank; what is wrong is raised on every rank."""
+    result, problem = None, ""
+    if world.rank == 0:
+        try:
+            result = do()
+        except ValueError as error:
+            problem = str(error)
+    result, problem = gather_objects((result, problem))[0]
+    if problem:
+        raise ValueError(problem)
+    return result
+
+
+def _claim(
+    cfg: RunConfig, stages: Mapping[str, RunConfig], world: World, chosen: Sequence[str]
+) -> Ledger:
+    """Enter all stages at the first start; later, refuse a curriculum that has changed.
+
+    The ranks that updates are planned for become those of the first start, for all stages.
 
     Raises:
-        ValueError: if there is none, because the last save failed.
+        ValueError: what has changed, or that a stage is to start from one that is not finished.
     """
-    latest = build_checkpoints(cfg).latest()
-    if latest is None:
+    folder = Path(cfg.run.dir)
+    with changing(folder) as ledger:
+        for name, stage in stages.items():
+            ranks = world.size // (stage.parallel.tp * stage.parallel.cp)
+            if name not in ledger.stages:
+                place = stage_folder(cfg, name, ledger).relative_to(folder)
+                ledger.stages[name] = StageRecord(
+                    folder=str(place), planned_ranks=stage.data.planned_ranks or max(ranks, 1)
+                )
+            record = ledger.stages[name]
+            record.after = cfg.curriculum.stages[name].after
+            stage.data.planned_ranks = stage.data.planned_ranks or record.planned_ranks
+        fields = identity_fields(cfg, stages)
+        _compare(folder, ledger, fields, accept=cfg.run.accept_changes)
+        for name, stage in stages.items():
+            ledger.stages[name].planned_ranks = stage.data.planned_ranks
+        for name in chosen:
+            after = ledger.stages[name].after
+            if after and after not in chosen and ledger.stages[after].state is not Status.done:
+                raise ValueError(
+                    f"stage {name} comes after {after}, which is not finished in {folder}; run "
+                    f"it first, or leave out --from"
+                )
+    return ledger
+
+
+def identity_fields(cfg: RunConfig, stages: Mapping[str, RunConfig]) -> dict[str, Any]:
+    """Return all that decides the numbers of a curriculum, as flat plain fields."""
+    free = (*FREE_TO_CHANGE, *_OWN)
+    fields: dict[str, Any] = {}
+    for name, stage in stages.items():
+        fields[f"{name}: after"] = cfg.curriculum.stages[name].after
+        flat = flat_fields(config_dict(stage))
+        fields |= {f"{name}: {key}": flat[key] for key in flat if not key.startswith(free)}
+    return json.loads(json.dumps(fields))
+
+
+def _compare(folder: Path, ledger: Ledger, fields: dict[str, Any], *, accept: bool) -> None:
+    """Take ``fields`` for the identity, or refuse them where another one is there already."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    if ledger.identity == digest:
+        return
+    path = folder / FIELDS_NAME
+    then = json.loads(path.read_text()) if path.is_file() else {}
+    changes = [
+        f"{key}: {then.get(key, '(absent)')} -> {fields.get(key, '(absent)')}"
+        for key in (*fields, *(then.keys() - fields.keys()))
+        if then.get(key, "(absent)") != fields.get(key, "(absent)")
+    ]
+    if ledger.identity and not accept:
         raise ValueError(
-            f"{cfg.run.dir}: stage {cfg.stage.name} left no checkpoint; "
+            f"{folder} belongs to a curriculum that differs from this one:\n  "
+            + "\n  ".join(changes)
+            + "\nuse a new run.dir, or run.accept_changes=true to go on with these changes; "
+            "stages that are finished stay as they are"
+        )
+    if ledger.identity:
+        log.warning("going on with a changed curriculum:\n  %s", "\n  ".join(changes))
+    write_json(path, fields)
+    ledger.identity = digest
+
+
+def _begin(folder: Path, name: str) -> Ledger:
+    with changing(folder) as ledger:
+        record, now = ledger.stages[name], time.time()
+        if record.attempts:  # the last one was killed if it has no end
+            begin, end = record.attempts[-1]
+            if end <= begin:
+                record.attempts[-1][1] = max(begin, _last_row(folder / record.folder))
+        record.attempts.append([now, now])
+        record.started = record.started or now
+        record.state = Status.running
+    return ledger
+
+
+def _last_row(folder: Path) -> float:
+    """Return when the last row of metrics was written; 0 if there is none."""
+    path = folder / "metrics.jsonl"
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _stop(folder: Path, name: str) -> Ledger:
+    with changing(folder) as ledger:
+        ledger.stages[name].attempts[-1][1] = time.time()
+    return ledger
+
+
+def _finish(folder: Path, name: str, stage: RunConfig) -> Ledger:
+    """Enter a finished stage with what its last checkpoint says.
+
+    Raises:
+        ValueError: that checkpoint is not the one of its end, because the last save failed.
+    """
+    checkpoint = build_checkpoints(stage).latest()
+    counters = read_manifest(checkpoint).extra if checkpoint is not None else {}
+    steps, samples, tokens = (int(counters.get(key, 0)) for key in ("step", "samples", "tokens"))
+    end = stage_end(stage.stage, steps, samples, tokens, counters.get("evaluations", []))
+    if checkpoint is None or end is None:
+        raise ValueError(
+            f"{stage.run.dir}: stage {name} left no checkpoint of its end; "
             "see the log for the save that failed, then run the same command again"
         )
-    return latest
+    with changing(folder) as ledger:
+        record = ledger.stages[name]
+        record.checkpoint = str(checkpoint.relative_to(folder))
+        record.steps, record.samples, record.tokens = steps, samples, tokens
+        record.ended_by, record.state = str(end), Status.done
+        record.ended = record.attempts[-1][1] = time.time()
+    return ledger

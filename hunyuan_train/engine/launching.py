@@ -21,8 +21,16 @@ OWN_SECTION = "launch."
 """Fields for the launcher alone. They may differ between machines, so ranks do not get them."""
 
 
-def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
+def launch_verb(
+    verb: str, arguments: Sequence[str], cfg: RunConfig, job_folder: Path | None = None
+) -> int:
     """Run a verb on the ranks that ``cfg.launch`` asks for until it ends; return its exit code.
+
+    Args:
+        verb: Of ``hunyuan-train``.
+        arguments: Its options and overrides.
+        cfg: What they compose to.
+        job_folder: Where the machines of the job meet and say what happens; ``run.dir`` by default.
 
     Raises:
         ValueError: a layout in ``launch.layouts`` that this model cannot take, or an address that
@@ -30,7 +38,7 @@ def launch_verb(verb: str, arguments: Sequence[str], cfg: RunConfig) -> int:
     """
     kept = [argument for argument in arguments if not argument.startswith(OWN_SECTION)]
     late = PRELOAD if verb in WATCHED else ()
-    run_dir = Path(cfg.run.dir)
+    run_dir = job_folder or Path(cfg.run.dir)
     return Supervisor(
         Launch(
             cfg=cfg.launch,

@@ -14,6 +14,7 @@ from hunyuan_train.config.compose import (
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.certify import certify_start
+from hunyuan_train.engine.evaluating import Evaluation
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.engine.supervision import Supervision, job_folder, open_clock
@@ -32,7 +33,12 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "resilience.",
     "sample.",
+    "evaluation.",
     "certify.",
+    "cluster.",
+    "curriculum.",
+    "demo.",
+    "launch.",
     *(
         f"memory.{field}"
         for field in (
@@ -76,18 +82,25 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
         clock.lap("certify")
         claim_folder(cfg, world)
         run = build_run(cfg, world)
+        evaluation = Evaluation(run)
         clock.lap("build")
         log.info("%s", run.state.loader.describe())
-        with StepMeter(run) as meter, Supervision(run, heart, clock) as watch:
-            return run_steps(run, meter, watch, preemption)
+        with StepMeter(run) as meter, Supervision(run, heart, clock) as watch, evaluation:
+            return run_steps(run, meter, watch, evaluation, preemption)
 
 
 def run_steps(
-    run: TrainRun, meter: StepMeter, watch: Supervision, preemption: Preemption
+    run: TrainRun,
+    meter: StepMeter,
+    watch: Supervision,
+    evaluation: Evaluation,
+    preemption: Preemption,
 ) -> Outcome:
     """Update until the stage is done or a signal asks to stop, saving on the way."""
-    cfg, state, last = run.cfg, run.state, run.cfg.stage.steps
-    while state.step < last:
+    cfg, state = run.cfg, run.state
+    evaluation.run(meter, watch)
+    end = state.end(cfg)
+    while end is None:
         watch.begin()
         started = time.perf_counter()
         batches = state.loader.next_step()
@@ -97,17 +110,21 @@ def run_steps(
         if watch.end(metrics, batches, waited_s):
             meter.go_back()
             continue
-        if cfg.logging.due(state.step) or state.step == last:
+        evaluation.run(meter, watch)
+        end = state.end(cfg)
+        if cfg.logging.due(state.step) or end:
             meter.emit(watch.clock)
         stop = preemption.requested()
-        keep = stop or state.step == last or run.checkpoints.due(state.step)
+        keep = stop or end or run.checkpoints.due(state.step)
         if keep and watch.save():
             meter.go_back()
+            end = None
             continue
-        if stop and state.step < last:
+        if stop and end is None:
             log.warning("%s: stopped at step %d, saved", preemption.reason, state.step)
             return Outcome.PREEMPTED
     state.loader.close()
+    log.info("stage %s is done after %d updates, by its %s", cfg.stage.name, state.step, end)
     return Outcome.DONE
 
 

@@ -13,7 +13,7 @@ from hunyuan_train.config.compose import CONFIG_NAME
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import lay_out
-from hunyuan_train.engine.curriculum import read_ledger
+from hunyuan_train.engine.ledger import Ledger, Status
 from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
 from hunyuan_train.evaluation.sample import sample_videos
 from hunyuan_train.evaluation.video import (
@@ -55,7 +55,8 @@ def newest_weights(folder: Path) -> FinishedRun:
     for config in stages or [folder / CONFIG_NAME]:
         if any((config.parent / "checkpoints").glob("step-*")):
             return FinishedRun(config=config, checkpoint=find_checkpoint(config.parent))
-    done = ", ".join(read_ledger(folder)) or "none"
+    stages = Ledger.read(folder).stages.items()
+    done = ", ".join(name for name, record in stages if record.state is Status.done) or "none"
     raise ValueError(f"{folder} holds no checkpoint yet (finished stages: {done}); train it first")
 
 

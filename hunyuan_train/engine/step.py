@@ -10,12 +10,12 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
 from hunyuan_train.engine.inputs import build_inputs, loss_tokens
-from hunyuan_train.engine.state import TrainState
+from hunyuan_train.engine.state import TrainState, scheduled_rate
+from hunyuan_train.engine.teacher import teacher_model
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.recompute import BucketMode, set_recompute
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.observability.flops import ForwardFlops, dit_forward_flops
-from hunyuan_train.optim.schedule import learning_rate
 from hunyuan_train.optim.updates import update_weights
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.device import Stopwatch
@@ -68,7 +68,7 @@ class StepMetrics:
     tokens: int
     samples: int
     flops: float
-    """Of the model, forward and backward."""
+    """Of the model, forward and backward, and of the forwards of a teacher."""
     computed_flops: float
     """Those and what is computed again in the backward."""
     lr: float
@@ -97,8 +97,17 @@ NO_MARKS: Marks = _NoMarks()
 
 
 def training_flops(batch: Batch, cfg: RunConfig) -> int:
-    """Return the model FLOPs of one micro-batch, forward and backward."""
-    return forward_flops(batch, cfg).training
+    """Return the model FLOPs of one micro-batch: forward, backward, and those of a teacher."""
+    return forward_flops(batch, cfg).training + teacher_flops(batch, cfg)
+
+
+def teacher_flops(batch: Batch, cfg: RunConfig) -> int:
+    """Count both forwards of the teacher of a distillation, 0 without one."""
+    if not cfg.objective.distill:
+        return 0
+    cfg = replace(cfg, model=teacher_model(cfg.model))
+    empty = replace(batch, text_mask=batch.empty_mask[None])
+    return forward_flops(batch, cfg).total + forward_flops(empty, cfg).total
 
 
 def forward_flops(batch: Batch, cfg: RunConfig) -> ForwardFlops:
@@ -147,13 +156,13 @@ def global_counts(
         if not batch.weight:  # only there because other ranks have one more
             continue
         samples, tokens = len(batch.sample_ids), batch.bucket.tokens
-        flops = forward_flops(batch, cfg)
+        flops, taught = forward_flops(batch, cfg), teacher_flops(batch, cfg)
         computed = flops.computed(
             linear_again=mode.recompute is not Recompute.none,
             attention_again=mode.recompute is Recompute.full,
         )
         counted = loss_tokens(batch, cfg)
-        row = [samples * tokens, counted, samples, flops.training, computed]
+        row = [samples * tokens, counted, samples, flops.training + taught, computed + taught]
         counts[rank, :5] += torch.tensor(row, dtype=torch.float64)
         counts[rank, 5] = max(counts[rank, 5].item(), tokens)
     counts = axes.sum(counts, "dp")
@@ -194,8 +203,8 @@ def train_step(
     ]
     counts = global_counts(batches, modes, cfg, axes)
     tokens, kind = counts.loss_tokens, counts.kind
-    lr = learning_rate(state.step, cfg.optimizer, cfg.stage.steps)
-    updates.set_learning_rate(lr)
+    state.lr = scheduled_rate(state, cfg)
+    updates.set_learning_rate(state.lr)
     micro_steps: list[MicroStep] = []
     watch = Stopwatch(world.device)
     watch.mark()
@@ -222,7 +231,8 @@ def train_step(
     norm = updates.clip(cfg.optimizer.clip_norm)
     loss = global_loss([part.loss_sum for part in micro_steps], tokens, axes)
     screened = state.guard.screen(loss, norm, kind)
-    state.skipped_updates += update_weights(updates, state.ema, screened, state.step)
+    number = state.averaged_before + state.step
+    state.skipped_updates += update_weights(updates, state.ema, screened, number)
     state.step += 1
     state.samples += counts.samples
     state.tokens += counts.tokens
@@ -233,7 +243,7 @@ def train_step(
         samples=counts.samples,
         flops=counts.flops,
         computed_flops=counts.computed_flops,
-        lr=lr,
+        lr=state.lr,
         kind=kind,
         micro_steps=micro_steps,
         watch=watch,

@@ -79,7 +79,7 @@ class Supervision:
         if error is None:
             with self.heart.phase("save"):
                 self._report(run.checkpoints.finish())
-                if run.state.step == run.cfg.stage.steps:
+                if run.state.end(run.cfg):
                     run.snapshots.remove()
                 else:
                     run.snapshots.finish()

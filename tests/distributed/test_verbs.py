@@ -22,7 +22,7 @@ def curriculum(data: Path, run: Path, *extra: str) -> list[str]:
     return overrides(
         data,
         run,
-        "curriculum.stages=[demo_image,demo_video_short]",
+        "curriculum.stages={demo_image:{},demo_video_short:{after:demo_image}}",
         "data.train_anchors=[64]",
         *extra,
     )

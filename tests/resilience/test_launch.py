@@ -173,7 +173,7 @@ def test_data_that_is_not_there_is_said_once_and_ends_with_2(data: Path, tmp_pat
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_gap_between_two_stages_is_no_hang(data: Path, tmp_path: Path) -> None:
-    stages = "curriculum.stages=[demo_image,demo_video_short]"
+    stages = "curriculum.stages={demo_image:{},demo_video_short:{after:demo_image}}"
     fields = ("launch.ranks_per_node=2", "resilience.watchdog_s=5", "certify.at_start=false")
     arguments = overrides(data, tmp_path, stages, "data.train_anchors=[64]", "stage.steps=3")
     code, text = finish(launch_verb("curriculum", arguments, *fields), 120)

@@ -120,27 +120,38 @@ def test_bad_config_fails_with_its_sentence_and_is_not_requeued(
     assert "stage.steps=0" in log.read_text()
 
 
-def test_chain_starts_a_stage_after_the_one_before_and_drops_it_if_that_failed(
+def test_chain_is_a_tree_and_drops_what_comes_after_a_failure(
     slurm: LocalSlurm, data: Path, tmp_path: Path
 ) -> None:
-    def chain(run: Path, *extra: str) -> list[str]:
-        return slurm.run(
+    nodes = ("clips_image:{}", "clips_video:{after:clips_image}")
+    stages = f"{{{','.join(nodes)},other:{{stage:clips_image,after:clips_image}}}}"
+
+    def chain(run: Path, *extra: str) -> dict[str, str]:
+        fields = (f"curriculum.stages={stages}", "stage.steps=3", *extra)
+        lines = slurm.run(
             str(LAUNCH / "slurm_chain.sh"),
-            "clips_image,clips_video",
-            *overrides(data, run, "stage.steps=3", *extra),
+            *overrides(data, run, *fields),
             SBATCH_OUTPUT=str(tmp_path / "%x"),
         )
+        return {line.split()[1]: line.split()[0] for line in lines}
 
     run = tmp_path / "run"
-    first, second = chain(run)
-    assert slurm.field(second, "Dependency") == f"afterok:{first}(unfulfilled)"
-    follow(slurm, first, tmp_path / "clips_image", "first stage", lambda: done(slurm, first))
-    follow(slurm, second, tmp_path / "clips_video", "second stage", lambda: done(slurm, second))
-    ledger = json.loads((run / "curriculum.json").read_text())
-    assert list(ledger) == ["01-clips_image", "02-clips_video"]
+    jobs = chain(run)
+    assert list(jobs) == ["clips_image", "clips_video", "other"]
+    for name in ("clips_video", "other"):
+        wanted = f"afterok:{jobs['clips_image']}(unfulfilled)"
+        assert slurm.field(jobs[name], "Dependency") == wanted
+    for name, job in jobs.items():
+        follow(slurm, job, tmp_path / name, name, lambda job=job: done(slurm, job))
+    ledger = json.loads((run / "curriculum.json").read_text())["stages"]
+    assert [(name, entry["state"]) for name, entry in ledger.items()] == [
+        (name, "done") for name in jobs
+    ]
 
-    broken, dropped = chain(tmp_path / "broken", "stage.steps=0")
-    poll("failed", lambda: slurm.field(broken, "JobState") == "FAILED")
+    broken = chain(tmp_path / "broken", "stage.steps=0")
+    first = broken["clips_image"]
+    poll("failed", lambda: slurm.field(first, "JobState") == "FAILED")
     assert "stage.steps=0" in (tmp_path / "clips_image").read_text()
-    assert slurm.field(broken, "Restarts") == "0"
-    poll("dropped", lambda: slurm.field(dropped, "JobState") == "CANCELLED")
+    assert slurm.field(first, "Restarts") == "0"
+    for name in ("clips_video", "other"):
+        poll("dropped", lambda name=name: slurm.field(broken[name], "JobState") == "CANCELLED")
