@@ -25,6 +25,10 @@ class Batch:
     """[B, C, T, h, w] float32."""
     std: Tensor
     """[B, C, T, h, w] float32."""
+    stills: Tensor | None
+    """[B, 2, C, K, h, w] float32, mean and std of K frames encoded alone; None if K is 0."""
+    still_frames: list[str]
+    """Which frames these are, K names."""
     text: Tensor
     """[B, L, D] float32."""
     text_mask: Tensor
@@ -50,6 +54,9 @@ class Batch:
         self.captions[place] = row.texts[variant].caption
         self.mean[place] = sample.mean
         self.std[place] = sample.std
+        if self.stills is not None:
+            assert sample.stills is not None, "check_sample has seen to it"
+            self.stills[place] = sample.stills
         self.text[place, :tokens] = sample.text.states
         self.text[place, tokens:] = 0
         self.text_mask[place] = torch.arange(self.text.shape[1]) < tokens
@@ -60,6 +67,8 @@ class Batch:
         self.weight = 0.0
         self.mean.zero_()
         self.std.zero_()
+        if self.stills is not None:
+            self.stills.zero_()
         for place in range(len(self.sample_ids)):
             self.text[place], self.text_mask[place] = self.empty_text, self.empty_mask
             self.pooled[place] = self.empty_pooled
@@ -74,6 +83,7 @@ def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) ->
     empty = store.empty(bucket.media)
     empty_text = torch.zeros(meta.text_length, meta.text_dim)
     empty_text[: len(empty.states)] = empty.states
+    stills = (size, *_stills_shape(meta, bucket))
     return Batch(
         bucket=bucket,
         weight=weight,
@@ -81,6 +91,8 @@ def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) ->
         epochs=[0] * size,
         mean=torch.zeros(latents),
         std=torch.zeros(latents),
+        stills=torch.zeros(stills) if 0 not in stills else None,
+        still_frames=meta.condition_frames if 0 not in stills else [],
         text=torch.zeros(size, meta.text_length, meta.text_dim),
         text_mask=torch.zeros(size, meta.text_length, dtype=torch.bool),
         pooled=torch.zeros(size, meta.pooled_dim),
@@ -95,7 +107,7 @@ def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) ->
 def batch_bytes(meta: StoreMeta, bucket: Bucket, size: int) -> int:
     """Return the memory of a batch, but for its names."""
     frames, height, width = bucket.latent_shape
-    latents = 2 * meta.latent_channels * frames * height * width
+    latents = 2 * meta.latent_channels * (frames + meta.num_stills(bucket)) * height * width
     return 4 * (size * (latents + meta.pooled_dim) + (size + 1) * meta.text_length * meta.text_dim)
 
 
@@ -116,6 +128,10 @@ def check_sample(sample: Sample, row: SampleRow, meta: StoreMeta) -> None:
     for name, tensor in (("mean", sample.mean), ("std", sample.std)):
         if tuple(tensor.shape) != latents:
             raise _misshapen(row, name, tensor, f"{list(latents)} in bucket {row.bucket}")
+    alone = _stills_shape(meta, row.bucket)
+    if 0 not in alone and (sample.stills is None or tuple(sample.stills.shape) != alone):
+        found = torch.empty(0) if sample.stills is None else sample.stills
+        raise _misshapen(row, "block of frames encoded alone", found, str(list(alone)))
     text: Text = sample.text
     tokens, *width = text.states.shape
     if width != [meta.text_dim] or not 0 < tokens <= meta.text_length:
@@ -123,6 +139,10 @@ def check_sample(sample: Sample, row: SampleRow, meta: StoreMeta) -> None:
         raise _misshapen(row, "text states", text.states, wanted)
     if tuple(text.pooled.shape) != (meta.pooled_dim,):
         raise _misshapen(row, "pooled text", text.pooled, f"[{meta.pooled_dim}]")
+
+
+def _stills_shape(meta: StoreMeta, bucket: Bucket) -> tuple[int, ...]:
+    return (2, meta.latent_channels, meta.num_stills(bucket), *bucket.latent_shape[1:])
 
 
 def _misshapen(row: SampleRow, name: str, tensor: Tensor, wanted: str) -> SampleError:

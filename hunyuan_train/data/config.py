@@ -88,6 +88,9 @@ class DataConfig:
     integrity: Integrity = Integrity.full
     """``full`` decodes every frame once to find damage; ``used`` stops after the last needed."""
 
+    condition_frames: list[str] = field(default_factory=list)
+    """Frames of each clip that are also encoded alone, for objective.tasks that give them to the
+    model: first, last. Naming one makes precompute encode its clips again."""
     storage_dtype: StorageDtype = StorageDtype.float16
     """Stored number format; float16 keeps 3 more bits than bfloat16 and latents need no range."""
     shard_sources: int = 64
@@ -167,6 +170,13 @@ class DataConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("max_bad_share", "field_drop", "max_crop_loss"):
             _between(name, getattr(self, name))
+        unknown = set(self.condition_frames) - set(FRAME_NAMES)
+        if unknown:
+            raise ValueError(
+                f"data.condition_frames={self.condition_frames} names {min(unknown)!r}; "
+                f"choose from {', '.join(FRAME_NAMES)}"
+            )
+        self.condition_frames = [name for name in FRAME_NAMES if name in self.condition_frames]
         if self.global_samples and self.global_tokens:
             raise ValueError(
                 f"data.global_samples={self.global_samples} and data.global_tokens="
@@ -190,6 +200,8 @@ class DataConfig:
         return BucketTable(self.anchors, self.durations, self.max_aspect, self.bucket_stride)
 
 
+FRAME_NAMES = ("first", "last")
+"""What ``data.condition_frames`` may name, in the order in which they are stored."""
 _COUNTS = (
     "max_tokens", "global_samples", "global_tokens", "planned_ranks", "retries", "prefetch_gib",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from hunyuan_train.data.index import FORMAT, Index, SampleRow
 from hunyuan_train.data.manifest import VIDEO_SUFFIXES
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.scan import index_sources, probe_key
+from hunyuan_train.data.stills import encode_stills
 from hunyuan_train.data.store import Sample, StoreMeta, Text
 
 _KEPT_TEXTS = 64
@@ -95,6 +96,7 @@ class OnlineStore:
             text_fingerprint=text.fingerprint,
             config_hash=probe_key(cfg),
             empty_texts={},
+            condition_frames=cfg.condition_frames,
         )
 
     def load(self, number: int, variant: int) -> Sample:
@@ -152,23 +154,26 @@ class OnlineStore:
         shape = (bucket.frames, bucket.height, bucket.width, 3)
         outcomes: list[Sample | SampleError] = []
         fitting = [pixels for pixels in decoded if pixels.shape == shape]
-        encoded: Iterator[tuple[Tensor, Tensor]] = iter(())
+        encoded: Iterator[tuple[Tensor, Tensor, Tensor | None]] = iter(())
         if fitting:
-            encoded = zip(*self._vae.encode(fitting), strict=True)
+            stills = [None] * len(fitting)
+            if self.meta.num_stills(bucket):
+                stills = encode_stills(self._vae.encode, fitting, self.meta.condition_frames)
+            encoded = zip(*self._vae.encode(fitting), stills, strict=True)
         for row, pixels, text in zip(rows, decoded, texts, strict=True):
             if pixels.shape != shape:
                 detail = f"its pixels have shape {list(pixels.shape)} instead of {list(shape)}"
                 outcomes.append(SampleError(row.sample_id, Reason.damaged, detail))
                 continue
-            mean, std = next(encoded)
+            mean, std, alone = next(encoded)
             if not len(text.states):
                 detail = "no caption: the text encoder sees no token in it"
                 outcomes.append(SampleError(row.sample_id, Reason.no_caption, detail))
-            elif not bool(mean.isfinite().all() and std.isfinite().all()):
+            elif not all(bool(t.isfinite().all()) for t in (mean, std, alone) if t is not None):
                 detail = f"its latents in bucket {bucket} are not finite"
                 outcomes.append(SampleError(row.sample_id, Reason.not_finite, detail))
             else:
-                outcomes.append(Sample(mean=mean, std=std, text=text))
+                outcomes.append(Sample(mean=mean, std=std, text=text, stills=alone))
         return outcomes
 
     def _texts_of(self, captions: list[str], media: str) -> list[Text]:

@@ -9,8 +9,9 @@ A store folder holds::
     parts/<part>.jsonl           what the part holds and where; its presence commits the part
     claims/<unit>.lock           locks that share work between processes
 
-The two tensors of a row, and of a text, lie next to each other, and the list has their place in the
-file and the digest of their bytes, so that one read by position fetches both.
+The tensors of a row, and of a text, lie next to each other, and the list has their place in the
+file and the digest of their bytes, so that one read by position fetches all. A clip has ``stills``
+too with ``data.condition_frames``: the moments of those frames, each encoded alone.
 
 Every entry is named by a hash of everything it depends on, so a part never becomes wrong, only
 unused; and a process that is killed leaves at most a tensor file without its list, which the next
@@ -26,6 +27,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,10 @@ class PartStore:
         Raises:
             OSError: The disk is full or cannot be written; nothing half-written counts.
         """
-        pairs = _pairs(part)
-        for entry, first, second in pairs:
+        runs = _runs(part)
+        for entry, keys in runs:
             digest = xxhash.xxh3_64()
-            for key in (first, second):
+            for key in keys:
                 digest.update(_bytes_of(part.tensors[key]))
             entry["digest"] = digest.intdigest()
         # Named after the content, so that no list ever belongs to the tensors of another commit.
@@ -92,7 +94,7 @@ class PartStore:
         if part.tensors:
             with _replacing(folder / f"{name}.safetensors") as temporary:
                 save_file({key: part.tensors[key].contiguous() for key in part.tensors}, temporary)
-                _record_places(temporary, pairs)
+                _record_places(temporary, runs)
         entries: list[dict[str, Any]] = [
             *({"source": key, **entry} for key, entry in part.sources.items()),
             *({"text": key, **entry} for key, entry in part.texts.items()),
@@ -154,32 +156,33 @@ class PartStore:
         self._seen.add(path.name)
 
 
-def _pairs(part: Part) -> list[tuple[dict[str, int], str, str]]:
-    """Return the entries that describe two tensors, with the names of these, in file order."""
-    pairs: list[tuple[dict[str, int], str, str]] = []
+def _runs(part: Part) -> list[tuple[dict[str, int], tuple[str, ...]]]:
+    """Return the entries that describe several tensors, with the names of these, in file order."""
+    runs: list[tuple[dict[str, int], tuple[str, ...]]] = []
     for key, entry in part.sources.items():
         for number, row in enumerate(entry.get("rows", [])):
             place = row["latents"] = {}
-            pairs.append((place, f"{key}/{number}/mean", f"{key}/{number}/std"))
+            names = (f"{key}/{number}/{kind}" for kind in ("mean", "std", "stills"))
+            runs.append((place, tuple(name for name in names if name in part.tensors)))
     for key, entry in part.texts.items():
-        pairs.append((entry, f"{key}/pooled", f"{key}/states"))
-    return pairs
+        runs.append((entry, (f"{key}/pooled", f"{key}/states")))
+    return runs
 
 
 def _bytes_of(tensor: Tensor) -> Any:
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
-def _record_places(path: Path, pairs: list[tuple[dict[str, int], str, str]]) -> None:
-    """Read from the header of a tensor file where each pair lies."""
+def _record_places(path: Path, runs: list[tuple[dict[str, int], tuple[str, ...]]]) -> None:
+    """Read from the header of a tensor file where the tensors of each entry lie."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    for entry, first, second in pairs:
-        start, middle = header[first]["data_offsets"]
-        then, end = header[second]["data_offsets"]
-        assert middle == then, f"{first} and {second} are apart in {path}"
-        entry["offset"], entry["nbytes"] = 8 + length + start, end - start
+    for entry, names in runs:
+        places = [header[name]["data_offsets"] for name in names]
+        for (_, end), (start, _) in pairwise(places):
+            assert end == start, f"{names} are apart in {path}"
+        entry["offset"], entry["nbytes"] = 8 + length + places[0][0], places[-1][1] - places[0][0]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

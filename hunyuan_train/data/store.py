@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -11,12 +11,14 @@ import xxhash
 from torch import Tensor
 
 from hunyuan_train.data.blobs import Blobs, open_blobs, read_whole
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.buffers import Buffers
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import FIX, FORMAT, Blob, Index
 from hunyuan_train.data.index_cache import cache_folder, copy_index
 from hunyuan_train.data.parts import PARTS
 from hunyuan_train.data.quarantine import Reason, SampleError
+from hunyuan_train.data.stills import num_stills
 
 META = "meta.json"
 _CHECKED_LOCAL = 10_000
@@ -42,6 +44,8 @@ class Sample:
     std: Tensor
     """float32 [C, T, h, w]."""
     text: Text
+    stills: Tensor | None = None
+    """float32 [2, C, K, h, w], mean and std of K frames encoded alone; None if K is 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,12 @@ class StoreMeta:
     """Hash of every setting that changes the stored numbers."""
     empty_texts: dict[str, dict[str, Any]]
     """The empty caption, by media: ``{"shard", "offset", "nbytes", "digest", "tokens"}``."""
+    condition_frames: list[str] = field(default_factory=list)
+    """Names of the frames of every clip that were also encoded alone."""
+
+    def num_stills(self, bucket: Bucket) -> int:
+        """Return how many frames of a sample in ``bucket`` were encoded alone."""
+        return num_stills(self.condition_frames, bucket.frames)
 
 
 class SampleStore(Protocol):
@@ -147,10 +157,19 @@ class LatentStore:
     def load(self, number: int, variant: int) -> Sample:
         """Read one sample; see :meth:`SampleStore.load`."""
         row = self.index.row(number)
-        shape = (2, self.meta.latent_channels, *row.bucket.latent_shape)
-        mean, std = self._read(row.sample_id, row.latents, math.prod(shape)).view(shape)
+        frames, *area = row.bucket.latent_shape
+        whole = (2, self.meta.latent_channels, frames, *area)
+        alone = (2, self.meta.latent_channels, self.meta.num_stills(row.bucket), *area)
+        sizes = [math.prod(whole), math.prod(alone)]
+        clip, stills = self._read(row.sample_id, row.latents, sum(sizes)).split(sizes)
+        mean, std = clip.view(whole)
         text = row.texts[variant]
-        return Sample(mean=mean, std=std, text=self._text(row.sample_id, text.blob, text.tokens))
+        return Sample(
+            mean=mean,
+            std=std,
+            text=self._text(row.sample_id, text.blob, text.tokens),
+            stills=stills.view(alone) if sizes[1] else None,
+        )
 
     def empty(self, media: str) -> Text:
         """Read the features of the empty caption; see :meth:`SampleStore.empty`.
@@ -223,6 +242,7 @@ def _read_meta(blobs: Blobs) -> StoreMeta:
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has store format {found}, this is {FORMAT}; {FIX}")
+    raw.setdefault("condition_frames", [])  # a store from before there were any
     differing = {field.name for field in fields(StoreMeta)} ^ set(raw)
     if differing:
         raise ValueError(f"{path} comes from another version (field {min(differing)}); {FIX}")

@@ -12,6 +12,7 @@ from hunyuan_train.data.index_writer import write_index
 from hunyuan_train.data.manifest import Source, SourceList
 from hunyuan_train.data.parts import write_lines, write_text
 from hunyuan_train.data.quarantine import MediaError, QuarantineRow, Reason
+from hunyuan_train.data.stills import num_stills
 from hunyuan_train.data.store import META, StoreMeta
 from hunyuan_train.engine.precompute_work import MEDIA, Worker
 
@@ -53,6 +54,7 @@ def merge(worker: Worker, listing: SourceList) -> tuple[list[SampleRow], list[Qu
         text_fingerprint=worker.text.fingerprint,
         config_hash=worker.config_hash,
         empty_texts={media: _empty_text(worker, media, used) for media in MEDIA},
+        condition_frames=worker.cfg.condition_frames,
     )
     # A reader follows meta.json to the index, so replacing it switches over in one step.
     write_lines(store.folder / QUARANTINE, [asdict(row) for row in quarantine])
@@ -131,6 +133,7 @@ def _empty_text(worker: Worker, media: str, used: set[str]) -> dict[str, Any]:
 
 def _latent_channels(worker: Worker, rows: list[SampleRow]) -> int:
     for row in rows:
-        moments = 2 * math.prod(row.bucket.latent_shape) * worker.dtype.itemsize
-        return row.latents.nbytes // moments
+        frames, *area = row.bucket.latent_shape
+        frames += num_stills(worker.cfg.condition_frames, row.bucket.frames)
+        return row.latents.nbytes // (2 * frames * math.prod(area) * worker.dtype.itemsize)
     return 0

@@ -16,6 +16,7 @@ from hunyuan_train.data.dataset import PixelSample, check_readable, decode_sampl
 from hunyuan_train.data.manifest import Source
 from hunyuan_train.data.parts import Part, PartStore, key_of
 from hunyuan_train.data.quarantine import MediaError, Reason
+from hunyuan_train.data.stills import encode_stills, num_stills
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import TextEncoder
 
@@ -101,7 +102,7 @@ class Worker:
         return key_of(self.text.fingerprint, kind, media, caption)
 
     def _encode_sources(self, pending: dict[str, Source], part: Part) -> None:
-        batches = _LatentBatches(self.vae, self.dtype, self.cfg.encode_pixels, part)
+        batches = _LatentBatches(self.vae, self.cfg, self.dtype, part)
         for key, result in self._decoded(pending):
             if isinstance(result, MediaError):
                 part.sources[key] = {"reason": str(result.reason), "detail": result.detail}
@@ -189,10 +190,11 @@ class _LatentBatches:
 
     _WAITING_BATCHES = 4
 
-    def __init__(self, vae: LatentEncoder, dtype: torch.dtype, max_pixels: int, part: Part) -> None:
+    def __init__(self, vae: LatentEncoder, cfg: DataConfig, dtype: torch.dtype, part: Part) -> None:
         self._vae = vae
         self._dtype = dtype
-        self._max_pixels = max_pixels
+        self._max_pixels = cfg.encode_pixels
+        self._stills = cfg.condition_frames
         self._part = part
         self._waiting: dict[Bucket, list[tuple[str, int, np.ndarray]]] = {}
         self._pixels = 0
@@ -228,9 +230,13 @@ class _LatentBatches:
     def _encode(self, bucket: Bucket) -> None:
         waiting = self._waiting.pop(bucket)
         self._pixels -= len(waiting) * _num_pixels(bucket)
-        mean, std = self._vae.encode([pixels for _, _, pixels in waiting])
+        clips = [pixels for _, _, pixels in waiting]
+        mean, std = self._vae.encode(clips)
+        moments = {"mean": mean, "std": std}
+        if num_stills(self._stills, bucket.frames):
+            moments["stills"] = encode_stills(self._vae.encode, clips, self._stills)
         for row, (key, number, _) in enumerate(waiting):
-            stored = {"mean": mean[row].to(self._dtype), "std": std[row].to(self._dtype)}
+            stored = {name: tensor[row].to(self._dtype) for name, tensor in moments.items()}
             if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
                 self._part.sources[key] = {
                     "reason": str(Reason.not_finite),
@@ -246,8 +252,10 @@ def _num_pixels(bucket: Bucket) -> int:
 
 def config_hash(cfg: DataConfig, vae_fingerprint: str) -> str:
     """Hash everything besides the file itself that changes the latents of a source."""
+    stills = {"condition_frames": cfg.condition_frames} if cfg.condition_frames else {}
     return key_of(
         {
+            **stills,
             "pipeline": PIPELINE,
             "anchors": cfg.anchors,
             "durations": cfg.durations,

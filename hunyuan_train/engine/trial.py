@@ -10,6 +10,7 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
+from hunyuan_train.data.config import FRAME_NAMES
 from hunyuan_train.engine.build import init_weights, lay_out
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.step import train_step
@@ -63,6 +64,8 @@ def make_batch(cfg: RunConfig, shape: MicroBatch, number: int, text_length: int)
         epochs=[0] * samples,
         mean=torch.stack([keyed_normal(latents, 0, "mean", i) for i in ids]),
         std=torch.full((samples, *latents), 0.1),
+        stills=made_stills(latents, ids) if frames > 1 else None,
+        still_frames=list(FRAME_NAMES) if frames > 1 else [],
         text=text * mask[..., None],
         text_mask=mask,
         pooled=torch.stack([keyed_normal((model.pooled_dim,), 0, "pooled", i) for i in ids]),
@@ -72,6 +75,13 @@ def make_batch(cfg: RunConfig, shape: MicroBatch, number: int, text_length: int)
         captions=[""] * samples,
         weight=1.0,
     )
+
+
+def made_stills(latents: tuple[int, ...], ids: list[str]) -> Tensor:
+    """Return made-up moments [B, 2, C, 2, h, w] of the first and last frames of a batch."""
+    channels, _, *area = latents
+    mean = torch.stack([keyed_normal((channels, 2, *area), 0, "stills", i) for i in ids])
+    return torch.stack([mean, torch.full_like(mean, 0.1)], dim=1)
 
 
 def run_trial(
