@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 
 from hunyuan_train.config.curriculum import Carried
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.config import Encode
+from hunyuan_train.models.hunyuan.config import ImageCondition
 
 
 def check_text_width(cfg: RunConfig) -> Iterator[str]:
@@ -19,13 +21,32 @@ def check_text_width(cfg: RunConfig) -> Iterator[str]:
 
 def check_latent_channels(cfg: RunConfig) -> Iterator[str]:
     """The model must take and give the latents the VAE makes."""
-    for field in ("in_channels", "out_channels"):
+    latent = cfg.vae.latent_channels
+    concat = cfg.model.image_condition is ImageCondition.concat
+    for field, wanted in (("in_channels", 2 * latent + 1 if concat else latent),
+                          ("out_channels", latent)):  # fmt: skip
         channels = getattr(cfg.model, field)
-        if channels != cfg.vae.latent_channels:
+        if channels != wanted:
             yield (
-                f"model.{field}={channels} does not match "
-                f"vae.latent_channels={cfg.vae.latent_channels}; set them to the same number"
+                f"model.{field}={channels} does not match vae.latent_channels={latent}; set it to "
+                f"{wanted}"
             )
+
+
+def check_tasks(cfg: RunConfig) -> Iterator[str]:
+    """The model must take the frames that tasks give, and on-line encoding must make them."""
+    needed = cfg.objective.given_frames
+    if needed and cfg.model.image_condition is ImageCondition.none:
+        yield (
+            f"objective.tasks={cfg.objective.tasks} gives frames to a model that takes none "
+            "(model.image_condition=none); set it to token_replace or concat"
+        )
+    online = cfg.data.encode is Encode.online
+    if online and not set(needed) <= set(cfg.data.condition_frames):
+        yield (
+            f"objective.tasks={cfg.objective.tasks} gives the frames {', '.join(needed)}, but "
+            f"data.condition_frames={cfg.data.condition_frames}; set it to [{','.join(needed)}]"
+        )
 
 
 def check_warmup(cfg: RunConfig) -> Iterator[str]:
@@ -49,6 +70,7 @@ def check_distillation(cfg: RunConfig) -> Iterator[str]:
 RULES: list[Callable[[RunConfig], Iterator[str]]] = [
     check_text_width,
     check_latent_channels,
+    check_tasks,
     check_warmup,
     check_distillation,
 ]

@@ -17,10 +17,11 @@ from hunyuan_train.data.online import OnlineStore
 from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.store import LatentStore, SampleStore
 from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.engine.footprint import footprint
+from hunyuan_train.engine.inputs import check_stills
 from hunyuan_train.engine.precompute import build_latent_encoder
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import Shards, max_tokens
-from hunyuan_train.memory.states import state_bytes
 from hunyuan_train.parallel.mesh import Axes
 from hunyuan_train.runtime.device import total_memory_bytes
 from hunyuan_train.runtime.dist import World
@@ -92,7 +93,7 @@ def open_stores(cfg: RunConfig) -> dict[str, SampleStore]:
 
 
 def check_store(cfg: RunConfig, store: SampleStore, folder: str) -> None:
-    """Check that the stored sizes are those of the model.
+    """Check that the stored sizes are those of the model, and that tasks find their frames.
 
     Raises:
         ValueError: naming the field, both values and the fix.
@@ -109,6 +110,8 @@ def check_store(cfg: RunConfig, store: SampleStore, folder: str) -> None:
                 f"{field}={value}, but the latents in {folder} have {name}={found}; "
                 f"precompute again with this config or set {field}={found}"
             )
+    if any(group.bucket.frames > 1 for group in store.index.groups):
+        check_stills(cfg, store.meta.condition_frames, folder)
 
 
 def token_limit(cfg: RunConfig, parameters: int, world: World, axes: Axes) -> int:
@@ -129,7 +132,7 @@ def token_limit(cfg: RunConfig, parameters: int, world: World, axes: Axes) -> in
     # Where recompute is chosen by bucket, a batch that needs none beats a larger one that does.
     chosen = cfg.memory.recompute
     mode = Recompute.none if chosen is Recompute.auto else chosen
-    states = state_bytes(cfg.memory)
+    states = footprint(cfg)
     tokens = max_tokens(
         cfg.model, parameters, memory, narrow, shards, recompute=mode, state_bytes=states
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.collate import Batch
+from hunyuan_train.models.hunyuan.config import ImageCondition
 from hunyuan_train.models.hunyuan.text_refiner import trim_text
 from hunyuan_train.objectives.conditioning import (
     apply_text_drop,
@@ -23,6 +24,8 @@ from hunyuan_train.objectives.flow_matching import (
     model_time,
     velocity_target,
 )
+from hunyuan_train.objectives.loss import PATCH_CELLS
+from hunyuan_train.objectives.tasks import draw_tasks, frame_mask, give_frames, place_frames
 from hunyuan_train.objectives.timesteps import loss_weights, sample_sigmas
 
 
@@ -65,10 +68,14 @@ class ModelInputs:
     """[B] float32: what the loss of each sample is multiplied by; None for 1."""
     empty: Caption | None = None
     """Of a distillation: what the teacher's prediction without a caption takes."""
+    given: Tensor | None = None
+    """[B, T] bool on the CPU: latent frames that replace noisy ones and are not learned."""
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """Return the arguments of the model's forward, in order."""
-        return (self.noisy, self.time, self.text, self.text_mask, self.pooled, self.guidance)
+        given = None if self.given is None else self.given.to(self.noisy.device)
+        plain = (self.noisy, self.time, self.text, self.text_mask, self.pooled, self.guidance)
+        return (*plain, given)
 
 
 def build_inputs(
@@ -102,9 +109,8 @@ def build_inputs(
         batch.empty_pooled,
     )
     guidance, empty = None, None
-    noisy = interpolate(latents, noise, sigma).to(
-        device, getattr(torch, cfg.parallel.compute_dtype)
-    )
+    noisy, given = with_given_frames(interpolate(latents, noise, sigma), batch, cfg, scaling_factor)
+    noisy = noisy.to(device, getattr(torch, cfg.parallel.compute_dtype))
     if cfg.model.guidance_embed:
         guidance = guidance_input(cfg.objective.train_guidance, len(ids), device)
     if cfg.objective.distill:
@@ -122,7 +128,67 @@ def build_inputs(
         sigma=sigma,
         weights=None if weights is None else weights.to(device),
         empty=empty,
+        given=given,
     )
+
+
+def with_given_frames(
+    noisy: Tensor, batch: Batch, cfg: RunConfig, scaling_factor: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the model's latents, and the mask [B, T] of frames it must not learn, if any.
+
+    Given frames are drawn from their own posterior, as ``latents`` are.
+
+    Raises:
+        ValueError: a frame that a task gives was not encoded alone.
+    """
+    form, frames = cfg.model.image_condition, noisy.shape[2]
+    if form is ImageCondition.none:
+        return noisy, None
+    given = given_frames(batch, cfg)
+    clean = torch.zeros_like(noisy)
+    if given.any():
+        names = cfg.objective.given_frames
+        check_stills(cfg, batch.still_frames, f"bucket {batch.bucket}")
+        assert batch.stills is not None
+        mean, std = batch.stills.unbind(dim=1)  # [B, C, K, h, w]
+        shape = tuple(mean.shape[1:])
+        draw = keyed_noise(shape, cfg.run.seed, "stills", batch.sample_ids, batch.epochs)
+        pictures = (mean + std * draw) * scaling_factor
+        columns = [batch.still_frames.index(name) for name in names]
+        clean = place_frames(pictures[:, :, columns], names, frames)
+    elif form is ImageCondition.token_replace:
+        return noisy, None
+    learned = form is ImageCondition.concat
+    return give_frames(form, noisy, clean, given), None if learned else given
+
+
+def given_frames(batch: Batch, cfg: RunConfig) -> Tensor:
+    """Return [B, T] bool, the latent frames that the tasks drawn for a batch give."""
+    frames = batch.bucket.latent_shape[0]
+    tasks = draw_tasks(cfg.objective, cfg.run.seed, batch.sample_ids, batch.epochs, frames)
+    return frame_mask(tasks, frames)
+
+
+def check_stills(cfg: RunConfig, stored: list[str], where: str) -> None:
+    """Check that the frames which the tasks give were encoded alone.
+
+    Args:
+        cfg: tasks.
+        stored: names of the frames that were.
+        where: what has them, for the message.
+
+    Raises:
+        ValueError: one was not.
+    """
+    needed = cfg.objective.given_frames
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        raise ValueError(
+            f"objective.tasks gives the model the {missing[0]} frame of clips, but {where} has no "
+            f"latents of it alone; precompute again with data.condition_frames="
+            f"[{','.join(needed)}]"
+        )
 
 
 def empty_caption(batch: Batch, like: Tensor) -> Caption:
@@ -135,4 +201,8 @@ def empty_caption(batch: Batch, like: Tensor) -> Caption:
 
 def loss_tokens(batch: Batch, cfg: RunConfig) -> int:
     """Return how many tokens of a batch its loss counts."""
-    return len(batch.sample_ids) * batch.bucket.tokens
+    frames, height, width = batch.bucket.latent_shape
+    counted = len(batch.sample_ids) * frames
+    if cfg.model.image_condition is ImageCondition.token_replace:
+        counted -= int(given_frames(batch, cfg).sum())
+    return counted * height * width // PATCH_CELLS

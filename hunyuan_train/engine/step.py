@@ -217,7 +217,7 @@ def train_step(
         if state.teacher is not None:
             x = replace(x, target=state.teacher.target(x))
         predicted = updates.module(*x.arguments())
-        parts = flow_matching_loss(predicted, x.target, weights=x.weights)
+        parts = flow_matching_loss(predicted, x.target, weights=x.weights, given=x.given)
         loss = parts.sum * batch.weight
         if cfg.memory.fused_backward:  # the only micro-step, whose backward updates the weights
             first = global_loss([loss.detach()], tokens, axes)

@@ -14,6 +14,11 @@ class Task(StrEnum):
     first_last = "first_last"
     """The first and the last: interpolation."""
 
+    @property
+    def frames(self) -> tuple[str, ...]:
+        """Names of the given frames, in the order of a video."""
+        return {Task.text: (), Task.first: ("first",)}.get(self, ("first", "last"))
+
 
 class Weighting(StrEnum):
     """How the loss of a sample depends on its sigma."""
@@ -61,6 +66,16 @@ class FlowMatchingConfig:
     """Smallest scale w of a distillation, and 8 the largest published (arXiv 2412.03603, 5.3)."""
     guidance_max: float = 8.0
     """Largest scale w of a distillation; w is uniform between the two."""
+
+    @property
+    def wanted_tasks(self) -> list[Task]:
+        """The tasks with a share; text alone without any."""
+        return [task for task in Task if self.tasks.get(task, 0.0) > 0] or [Task.text]
+
+    @property
+    def given_frames(self) -> list[str]:
+        """Names of the frames that any task gives: those to be encoded alone."""
+        return list(max((task.frames for task in self.wanted_tasks), key=len))
 
     def __post_init__(self) -> None:
         """Reject values that define no distribution."""

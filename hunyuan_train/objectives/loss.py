@@ -33,13 +33,16 @@ class LossSum:
         return self.sum / self.count
 
 
-def flow_matching_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> LossSum:
+def flow_matching_loss(
+    pred: Tensor, target: Tensor, weights: Tensor | None = None, given: Tensor | None = None
+) -> LossSum:
     """Compare predicted and true velocity.
 
     Args:
         pred: [B, C, T, H, W] in any precision; H and W even.
         target: same shape.
         weights: [B] what the loss of each sample is multiplied by; None for 1.
+        given: [B, T] bool on the CPU, True for frames that are left out; None for none.
 
     Returns:
         Sums over tokens of the mean squared error over the token's C * 4 values, in float32.
@@ -48,7 +51,11 @@ def flow_matching_loss(pred: Tensor, target: Tensor, weights: Tensor | None = No
     batch, channels, frames, height, width = pred.shape
     dtype = torch.promote_types(pred.dtype, torch.float32)
     squared = (pred.to(dtype) - target.to(dtype)).square()
+    counted = batch * frames
+    if given is not None:
+        counted -= int(given.sum())
+        squared = squared * ~given.to(squared.device)[:, None, :, None, None]
     samples = squared.flatten(1).sum(dim=1) / (channels * PATCH_CELLS)
     if weights is not None:
         samples = samples * weights.to(samples)
-    return LossSum(samples=samples, count=batch * frames * height * width // PATCH_CELLS)
+    return LossSum(samples=samples, count=counted * height * width // PATCH_CELLS)
