@@ -1,5 +1,6 @@
 """Adds up the numbers of the steps between two rows of metrics and writes the row."""
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -12,6 +13,7 @@ from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.observability.flops import peak_tflops
 from hunyuan_train.observability.metrics import MetricLogger, Throughput
 from hunyuan_train.observability.progress import Progress
+from hunyuan_train.observability.trackers import Media
 from hunyuan_train.resilience.clock import DATA, STEP, Clock
 from hunyuan_train.runtime.device import peak_memory_bytes, synchronize
 from hunyuan_train.runtime.dist import max_over_ranks
@@ -76,6 +78,18 @@ class StepMeter:
             data_wait_s=data_wait_s,
         )
         self._progress.advance(self._run.state.step)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last ``seconds``: they were not training."""
+        self._throughput.leave_out(seconds)
+
+    def show(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Send values that have a file of their own to the trackers."""
+        self._logger.show(step, values)
+
+    def media(self, step: int, items: Sequence[Media]) -> None:
+        """Send pictures and videos to the trackers; any thread may call it."""
+        self._logger.media(step, items)
 
     def emit(self, clock: Clock) -> None:
         """Write one row of means since the last one; every rank calls it at the same step.

@@ -131,6 +131,11 @@ def even_frames(pixels: Tensor, columns: int) -> Tensor:
     return pixels[:, index]
 
 
+def still_images(pixels: Tensor) -> list[Image.Image]:
+    """Return the frames of pixels [3, F, H, W] in [-1, 1] as pictures."""
+    return [Image.fromarray(frame) for frame in to_uint8(pixels)]
+
+
 def write_contact_sheet(
     path: Path | str,
     videos: Sequence[Tensor],
@@ -189,7 +194,7 @@ def write_contact_sheet(
 
 def _thumbnails(pixels: Tensor, cell_px: int) -> list[Image.Image]:
     """Scale frames so that the longer side is near `cell_px`: whole factors up, any factor down."""
-    frames = [Image.fromarray(frame) for frame in to_uint8(pixels)]
+    frames = still_images(pixels)
     longer = max(frames[0].size)
     factor = cell_px // longer if longer <= cell_px else cell_px / longer
     width, height = (max(1, round(side * factor)) for side in frames[0].size)

@@ -114,7 +114,9 @@ class TensorBoardTracker:
     def media(self, step: int, items: Sequence[Media]) -> None:
         """Add pictures, and of videos their small frames as a moving picture, with captions."""
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import (
+            Summary,  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
         for item in items:
             if not item.moving and item.path.suffix == ".mp4":
