@@ -130,10 +130,9 @@ class HeldOut:
         sigma = torch.tensor([sigma_at(q, self._cfg.objective, tokens) for q in levels])
         x = build_inputs(batch, self._cfg, self._scale, self._device, sigma)
         predicted = state.updates.module(*x.arguments())
-        parts = flow_matching_loss(predicted, x.target, weights=x.weights)
-        good = (~bad).double()
-        counts = torch.full((len(levels),), parts.count / len(levels), dtype=torch.float64)
-        return torch.where(bad, 0.0, parts.samples.double().cpu()), counts * good
+        parts = flow_matching_loss(predicted, x.target, weights=x.weights, given=x.given)
+        losses, counts = parts.samples.double().cpu(), x.counted(tokens)
+        return torch.where(bad, 0.0, losses), torch.where(bad, 0.0, counts)
 
     def _load(self, probes: ProbeBatch) -> tuple[Batch, Tensor]:
         """Return a batch, and which of its samples could not be read by a rank that shares it."""

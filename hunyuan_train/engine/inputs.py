@@ -77,6 +77,12 @@ class ModelInputs:
         plain = (self.noisy, self.time, self.text, self.text_mask, self.pooled, self.guidance)
         return (*plain, given)
 
+    def counted(self, tokens: int) -> Tensor:
+        """Return how many of its ``tokens`` the loss of each sample counts: [B] float64."""
+        if self.given is None:
+            return torch.full((len(self.sigma),), tokens, dtype=torch.float64)
+        return tokens * (~self.given).double().mean(dim=1)
+
 
 def build_inputs(
     batch: Batch,

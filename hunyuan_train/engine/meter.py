@@ -9,6 +9,8 @@ from torch import Tensor
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.engine.bucket_meter import FILE_NAME, BucketMeter
 from hunyuan_train.engine.build import TrainRun
+from hunyuan_train.engine.loss_meter import FILE_NAME as LOSSES_NAME
+from hunyuan_train.engine.loss_meter import LossMeter
 from hunyuan_train.engine.step import StepMetrics
 from hunyuan_train.observability.flops import peak_tflops
 from hunyuan_train.observability.metrics import MetricLogger, Throughput
@@ -42,14 +44,22 @@ class StepMeter:
         path = run.folder / FILE_NAME if run.world.rank == 0 else None
         axes, device = run.state.model.axes, run.world.device
         self._buckets = BucketMeter(run.state.loader.buckets, axes, device, path, step)
+        table = run.folder / LOSSES_NAME if run.world.rank == 0 else None
+        levels = cfg.evaluation.quantiles
+        kinds = run.state.loader.kinds
+        self._losses = LossMeter(kinds, levels, cfg.objective, axes, device, table, step)
         self._balance: list[float] = []
         self._steps: list[StepMetrics] = []
 
     def go_back(self) -> None:
         """Drop what was counted and written after the present step, which is an earlier one."""
+        self._close()
+        self._open()
+
+    def _close(self) -> None:
         self._logger.close()
         self._buckets.close()
-        self._open()
+        self._losses.close()
 
     def __enter__(self) -> "StepMeter":
         """Start the progress line."""
@@ -64,8 +74,7 @@ class StepMeter:
     ) -> None:
         """Close the trackers and the progress line."""
         self._progress.__exit__(kind, error, trace)
-        self._logger.close()
-        self._buckets.close()
+        self._close()
 
     def add(self, metrics: StepMetrics, data_wait_s: float) -> None:
         """Count one step and the seconds it waited for its data."""
@@ -104,7 +113,9 @@ class StepMeter:
         clock.lap(STEP)
         for metrics in steps:
             self._buckets.add(metrics.micro_steps, metrics.watch.seconds())
+            self._losses.add(metrics.micro_steps)
         self._buckets.emit(run.state.step)
+        self._losses.emit(run.state.step)
         rates = self._throughput.take()
         memory = peak_memory_bytes(run.world.device) / 2**30
         worst = max_over_ranks(torch.tensor([memory, rates["data_wait"]], dtype=torch.float64))

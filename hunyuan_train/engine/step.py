@@ -9,7 +9,7 @@ from torch import Tensor
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
-from hunyuan_train.engine.inputs import build_inputs, loss_tokens
+from hunyuan_train.engine.inputs import ModelInputs, build_inputs, loss_tokens
 from hunyuan_train.engine.state import TrainState, scheduled_rate
 from hunyuan_train.engine.teacher import teacher_model
 from hunyuan_train.memory.config import Recompute
@@ -37,9 +37,11 @@ class MicroStep:
     sample_ids: list[str]
     sigmas: Tensor
     """[B] float32 on the CPU: the noise level of each sample."""
+    counted: Tensor
+    """[B] float64 on the CPU: tokens of each sample that its loss counts."""
 
     @classmethod
-    def of(cls, batch: Batch, loss_sums: Tensor, counted: int, sigmas: Tensor) -> Self:
+    def of(cls, batch: Batch, loss_sums: Tensor, counted: int, x: ModelInputs) -> Self:
         """Count the samples of a batch, none if it has no weight."""
         ids = batch.sample_ids if batch.weight else []
         return cls(
@@ -50,7 +52,8 @@ class MicroStep:
             loss_sums=loss_sums[: len(ids)],
             loss_tokens=counted if ids else 0,
             sample_ids=ids,
-            sigmas=sigmas[: len(ids)],
+            sigmas=x.sigma[: len(ids)],
+            counted=x.counted(batch.bucket.tokens)[: len(ids)],
         )
 
     @property
@@ -225,7 +228,7 @@ def train_step(
         heart.phase("backward", str(batch.bucket))
         updates.backward(loss / tokens, last=last)
         sums = parts.samples.detach() * batch.weight
-        micro_steps.append(MicroStep.of(batch, sums, parts.count, x.sigma))
+        micro_steps.append(MicroStep.of(batch, sums, parts.count, x))
         watch.mark()
     heart.phase("update")
     norm = updates.clip(cfg.optimizer.clip_norm)

@@ -33,6 +33,7 @@ def micro(bucket: Bucket, samples: int, loss: float) -> MicroStep:
         loss_tokens=tokens,
         sample_ids=[str(number) for number in range(samples)],
         sigmas=torch.full((samples,), 0.5),
+        counted=torch.full((samples,), float(bucket.tokens), dtype=torch.float64),
     )
 
 
