@@ -1,6 +1,7 @@
 """``hunyuan-train curriculum``: the stages of a graph, each after the one it needs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hunyuan_train.cli.launching import composed, joined_world
 from hunyuan_train.cli.options import SELECTION, split_options
@@ -28,6 +29,13 @@ def main(argv: Sequence[str]) -> int:
             print(name, cfg.curriculum.stages[name].after or "-")
         return 0
     stages = compose_stages(overrides, cfg)
+    if DRY_RUN in options:
+        # Imported here because it draws, which a training process does not.
+        from hunyuan_train.engine.curriculum_plan import plan_curriculum
+
+        plan = plan_curriculum(cfg, stages, cfg.curriculum.selection(first, last))
+        print(f"{plan}\n\n{plan.write(Path(cfg.run.dir))}")
+        return 0
     with Preemption(cfg.resilience) as preemption, joined_world(cfg) as world:
         outcome = run_curriculum(cfg, stages, world, preemption, first=first, last=last)
     return EXIT_PREEMPTED if outcome is Outcome.PREEMPTED else 0

@@ -123,7 +123,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
     """Return one line ``path: old -> new`` per field in which two configs differ."""
-    left, right = flat_fields(config_dict(old)), flat_fields(config_dict(new))
+    left, right = _flatten(config_dict(old)), _flatten(config_dict(new))
     return [
         f"{key}: {left.get(key)} -> {right.get(key)}"
         for key in sorted(left.keys() | right.keys())
@@ -131,12 +131,11 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
-def flat_fields(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, keys joined by dots."""
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(flat_fields(value, f"{prefix}{key}."))
+            flat.update(_flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

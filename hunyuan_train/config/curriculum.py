@@ -68,6 +68,9 @@ class CurriculumStage:
     transform: list[Transform] = field(default_factory=list)
     """How those weights are made to fit a larger model: input_channels, guidance_embed."""
 
+    overrides: list[str] = field(default_factory=list)
+    """Fields of this stage alone, like data.latents=FOLDER; they win over those of the command."""
+
 
 @dataclass(kw_only=True, slots=True)
 class CurriculumConfig:

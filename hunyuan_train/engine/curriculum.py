@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hunyuan_train.checkpoint.load import read_manifest
-from hunyuan_train.config.compose import compose_config, config_dict, flat_fields
+from hunyuan_train.config.compose import compose_config, config_dict
 from hunyuan_train.config.model_changes import unexplained
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.build import build_checkpoints
@@ -54,7 +54,7 @@ def compose_stages(overrides: Sequence[str], cfg: RunConfig) -> dict[str, RunCon
             f"stage.transform=[{','.join(node.transform)}]",
         ]
         try:
-            stages[name] = compose_config([*overrides, *own])
+            stages[name] = compose_config([*overrides, *node.overrides, *own])
         except ValueError as error:
             raise ValueError(f"stage {name}: {error}") from error
     problems = []
@@ -169,13 +169,17 @@ def _claim(
 
 
 def identity_fields(cfg: RunConfig, stages: Mapping[str, RunConfig]) -> dict[str, Any]:
-    """Return all that decides the numbers of a curriculum, as flat plain fields."""
+    """Return all that decides the numbers of a curriculum: {stage: {section.field: value}}."""
     free = (*FREE_TO_CHANGE, *_OWN)
     fields: dict[str, Any] = {}
     for name, stage in stages.items():
-        fields[f"{name}: after"] = cfg.curriculum.stages[name].after
-        flat = flat_fields(config_dict(stage))
-        fields |= {f"{name}: {key}": flat[key] for key in flat if not key.startswith(free)}
+        flat = {
+            f"{section}.{field}": value
+            for section, values in config_dict(stage).items()
+            for field, value in values.items()
+        }
+        fields[name] = {key: value for key, value in flat.items() if not key.startswith(free)}
+        fields[name]["after"] = cfg.curriculum.stages[name].after
     return json.loads(json.dumps(fields))
 
 
@@ -186,22 +190,31 @@ def _compare(folder: Path, ledger: Ledger, fields: dict[str, Any], *, accept: bo
         return
     path = folder / FIELDS_NAME
     then = json.loads(path.read_text()) if path.is_file() else {}
-    changes = [
-        f"{key}: {then.get(key, '(absent)')} -> {fields.get(key, '(absent)')}"
-        for key in (*fields, *(then.keys() - fields.keys()))
-        if then.get(key, "(absent)") != fields.get(key, "(absent)")
-    ]
-    if ledger.identity and not accept:
+    changes = curriculum_changes(then, fields) if ledger.identity else []
+    if changes and not accept:
         raise ValueError(
             f"{folder} belongs to a curriculum that differs from this one:\n  "
             + "\n  ".join(changes)
             + "\nuse a new run.dir, or run.accept_changes=true to go on with these changes; "
             "stages that are finished stay as they are"
         )
-    if ledger.identity:
+    if changes:
         log.warning("going on with a changed curriculum:\n  %s", "\n  ".join(changes))
     write_json(path, fields)
     ledger.identity = digest
+
+
+def curriculum_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return one line per stage or field that differs; a field that one version lacks does not."""
+    lines = [f"stage {name} is new" for name in now if name not in then]
+    lines += [f"stage {name} is gone" for name in then if name not in now]
+    for name in (name for name in now if name in then):
+        lines += [
+            f"stage {name}: {field}: {old} -> {now[name][field]}"
+            for field, old in then[name].items()
+            if field in now[name] and now[name][field] != old
+        ]
+    return lines
 
 
 def _begin(folder: Path, name: str) -> Ledger:
