@@ -27,7 +27,7 @@ _KEPT = 50
 _LONG = 110
 _GIB = 2**30
 _PARTS = {
-    "weights": ("parameters",),
+    "weights": ("parameters", "teacher"),
     "grads": ("gradients",),
     "optim": ("optimizer",),
     "ema": ("average",),

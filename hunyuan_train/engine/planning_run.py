@@ -15,12 +15,12 @@ from hunyuan_train.data.buckets import Bucket, BucketTable
 from hunyuan_train.data.mixture import cells_of, shares
 from hunyuan_train.data.store import META
 from hunyuan_train.engine.data import open_stores
+from hunyuan_train.engine.footprint import footprint
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig, Recompute, Switch
 from hunyuan_train.memory.estimate import Layout, Work
 from hunyuan_train.memory.planner import CLOSE, MODES, Choice, LayoutPlan, Options, Planner, Shape
 from hunyuan_train.memory.recompute import BucketMode
-from hunyuan_train.memory.states import state_bytes
 from hunyuan_train.parallel.config import ReduceEvery, ZeroEngine
 from hunyuan_train.runtime.device import Machine
 
@@ -112,7 +112,7 @@ def search_options(cfg: RunConfig, grids: int) -> Options:
         grids=grids,
         kernel=memory.attention.value,
         fused=memory.kernels is not Switch.off,
-        states=state_bytes(memory),
+        states=footprint(cfg),
     )
 
 
@@ -130,7 +130,7 @@ def layout_of(cfg: RunConfig, world_size: int) -> Layout:
         zero_stage=parallel.zero_stage,
         compute_bytes=_value_bytes(parallel.compute_dtype),
         reduce_bytes=_value_bytes(parallel.reduce_dtype),
-        weight_bytes=int(state_bytes(cfg.memory).weight),
+        weight_bytes=int(footprint(cfg).weight),
         whole_gradients=several and parallel.reduce_every is not ReduceEvery.micro_step,
     )
 

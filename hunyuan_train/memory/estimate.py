@@ -108,6 +108,8 @@ class MemoryParts:
     """Moments."""
     average: float
     """Moving average of the weights."""
+    teacher: float
+    """Weights of a frozen model beside, which only stage 3 shards."""
     gathered: float
     """Gathered weights, their gradients and the buffers of both."""
     activations: float
@@ -131,7 +133,7 @@ class MemoryParts:
     @property
     def states(self) -> float:
         """What is there between updates."""
-        return self.parameters + self.gradients + self.optimizer + self.average
+        return self.parameters + self.gradients + self.optimizer + self.average + self.teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ def estimate(
         gradients=gradients,
         optimizer=states.moments * mine,
         average=states.average * mine,
+        teacher=states.teacher * (mine if layout.zero_stage == 3 else counts.total.on(layout.tp)),
         gathered=_gathered(counts, layout, (working + exchange) * unit),
         activations=kept,
         working=working * unit + states.update,

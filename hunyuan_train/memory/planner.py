@@ -13,7 +13,7 @@ from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import Layout, MemoryParts, Work, estimate
 from hunyuan_train.memory.parameters import parameters
 from hunyuan_train.memory.states import FLOAT32_STATES, StateBytes
-from hunyuan_train.memory.step_time import Prediction, TimeModel
+from hunyuan_train.memory.step_time import TEACHER_PASSES, Prediction, TimeModel
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 
 MODES = (Recompute.none, Recompute.selective, Recompute.full)
@@ -101,7 +101,10 @@ class Planner:
     def __init__(self, model: HunyuanConfig, cluster: ClusterConfig, options: Options) -> None:
         self._model, self._cluster, self._options = model, cluster, options
         self._counts = parameters(model)
-        self._time = TimeModel(model, cluster, options.kernel, options.fused, options.micro_steps)
+        self._time = TimeModel(
+            model, cluster, options.kernel, options.fused, options.micro_steps,
+            teacher_passes=TEACHER_PASSES if options.states.teacher else 0,
+        )  # fmt: skip
 
     @property
     def world(self) -> int:

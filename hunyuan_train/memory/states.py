@@ -30,6 +30,8 @@ class StateBytes:
     average: float = 4.0
     host: float = 0.0
     """Bytes per parameter on the host instead."""
+    teacher: float = 0.0
+    """Of a frozen model of the same size that says what to predict."""
     update: float = 0.0
     """Bytes, not per parameter, that an update works in beside all gradients; or, where it runs
     inside the backward, beside everything."""
@@ -37,30 +39,40 @@ class StateBytes:
     @property
     def total(self) -> float:
         """All that is on the device per parameter."""
-        return self.weight + self.gradient + self.moments + self.average
+        return self.weight + self.gradient + self.moments + self.average + self.teacher
 
 
 FLOAT32_STATES = StateBytes()
 """AdamW with an average, all in float32."""
 
 
-def state_bytes(memory: MemoryConfig) -> StateBytes:
+def state_bytes(
+    memory: MemoryConfig, *, trained: float = 1.0, averaged: float = 1.0, teacher: float = 0.0
+) -> StateBytes:
     """Return what the choices of ``memory`` take.
 
     Vectors, one parameter in 5,000 of the 13B model, keep float32 moments and are not told apart.
+
+    Args:
+        memory: The choices.
+        trained: Share of the parameters that have a gradient and moments.
+        averaged: Share of them that has an average.
+        teacher: Bytes per parameter of a frozen model beside.
     """
     narrow = memory.weights is WeightType.bfloat16
     int8 = memory.optimizer_states is StateType.int8
-    moments = 2 * (1 + 4 / CODE_BLOCK) if int8 else 8.0
+    moments = trained * (2 * (1 + 4 / CODE_BLOCK) if int8 else 8.0)
     weight = 2.0 if narrow else 4.0
     moved = memory.optimizer_device is Place.host
-    average = {AveragePlace.device: (4.0, 0.0), AveragePlace.host: (0.0, 4.0)}
+    kept = 4.0 * averaged
+    average = {AveragePlace.device: (kept, 0.0), AveragePlace.host: (0.0, kept)}
     on_device, on_host = average.get(memory.ema, (0.0, 0.0))
     return StateBytes(
         weight=weight,
-        gradient=0.0 if memory.fused_backward else weight,
+        gradient=0.0 if memory.fused_backward else trained * weight,
         moments=0.0 if moved else moments,
         average=on_device,
         host=on_host + (moments if moved else 0.0),
+        teacher=teacher,
         update=_PIECE_BYTES * PIECE if narrow or int8 or moved or memory.ema.value == "host" else 0,
     )

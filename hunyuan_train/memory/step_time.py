@@ -19,6 +19,8 @@ or 2, norms of q and k 4, rotation in float32 20, copies 6 or 10, GELU 8, gates 
 FUSED_DOUBLE, FUSED_SINGLE = 28, 17
 """The same with the kernels of ``hunyuan_kernels``: norms 4 or 2, q and k 4, copies 6 or 0, GELU 8,
 gates 6 or 3."""
+TEACHER_PASSES = 2
+"""Forwards of the teacher of a distillation: with the caption and without."""
 _OPTIMIZER_BYTES = 36
 """Read and written per parameter: weight, gradient, two moments, average, all but one twice."""
 
@@ -91,6 +93,7 @@ class TimeModel:
         kernel: Attention kernel, a key of ``cluster.attention_tflops`` or "auto".
         fused: Whether the fused elementwise kernels run.
         micro_steps: Micro-batches of one rank per update, which share its reductions and optimizer.
+        teacher_passes: Forwards of a frozen model of the same size for each micro-batch.
 
     Raises:
         ValueError: the cluster has no rates of the kernel.
@@ -103,8 +106,10 @@ class TimeModel:
         kernel: str = "auto",
         fused: bool = True,
         micro_steps: int = 1,
+        teacher_passes: int = 0,
     ) -> None:
         self._model, self._cluster, self._micro_steps = model, cluster, micro_steps
+        self._teacher = teacher_passes
         self._forward_rate, self._backward_rate = cluster.attention_rates(kernel)
         self._gemm_rate = cluster.peak_tflops * 1e12 * cluster.gemm_efficiency
         self._hbm = cluster.hbm_gbs * 1e9 * cluster.hbm_efficiency
@@ -134,13 +139,14 @@ class TimeModel:
         tensor_forward, tensor_backward = self._tensor_parallel(layout, rows, links)
         forward = linear + attention_forward + elementwise
         backward = (passes - 1) * (linear + elementwise) + attention_s - attention_forward
+        passes += self._teacher
         parts = StepTime(
             linear=passes * linear,
-            attention=attention_s,
+            attention=attention_s + self._teacher * attention_forward,
             elementwise=passes * elementwise,
-            tensor_parallel=tensor_forward * (1 + again) + tensor_backward,
+            tensor_parallel=tensor_forward * (1 + again + self._teacher) + tensor_backward,
             ulysses=self._ulysses(layout, work.recompute, rows, links),
-            ring=ring_forward * (1 + full) + ring_backward,
+            ring=ring_forward * (1 + full + self._teacher) + ring_backward,
             zero=self._zero(layout, links, forward, backward),
             offload=self._offload(layout, work, forward, backward),
             optimizer=self._optimizer(layout) / self._micro_steps,
@@ -148,12 +154,13 @@ class TimeModel:
         seconds = parts.total
         peak = (self._cluster.measured_peak_tflops or self._cluster.peak_tflops) * 1e12
         computed = flops.computed(linear_again=again, attention_again=full)
+        taught = self._teacher * flops.total
         return Prediction(
             seconds=seconds,
             parts=parts,
             gpu_seconds=seconds * ranks / work.batch,
-            mfu=flops.training / ranks / seconds / peak,
-            hfu=computed / ranks / seconds / peak,
+            mfu=(flops.training + taught) / ranks / seconds / peak,
+            hfu=(computed + taught) / ranks / seconds / peak,
         )
 
     def _rows(self, layout: Layout, work: Work) -> float:
@@ -181,7 +188,9 @@ class TimeModel:
         if layout.cp_ulysses == 1:
             return 0.0
         model = self._model
-        tensors = 8 + {Recompute.selective: 3, Recompute.full: 4}.get(recompute, 0)
+        tensors = (
+            8 + 4 * self._teacher + {Recompute.selective: 3, Recompute.full: 4}.get(recompute, 0)
+        )
         message = rows * model.hidden_size / layout.tp * layout.compute_bytes
         message *= 1 - 1 / layout.cp_ulysses
         blocks = model.num_double_blocks + model.num_single_blocks
@@ -228,9 +237,10 @@ class TimeModel:
         if layout.whole_gradients:
             reduce /= self._micro_steps
         again = gather if layout.zero_stage == 3 else 0.0
+        taught = self._teacher * max(0.0, again - forward)
         largest: Count = max(counts.double, counts.single, key=lambda count: count.on(layout.tp))
         ends = (gather + reduce) * largest.on(layout.tp) / mine
-        return max(0.0, gather - forward) + max(0.0, again + reduce - backward) + ends
+        return max(0.0, gather - forward) + max(0.0, again + reduce - backward) + ends + taught
 
     def _offload(self, layout: Layout, work: Work, forward: float, backward: float) -> float:
         """Return what copies to the host and back cost beyond the passes beside them."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from traced_layout import Traced, traced
 
+from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import (
     Layout,
@@ -19,6 +20,7 @@ from hunyuan_train.memory.estimate import (
 )
 from hunyuan_train.memory.parameters import parameters
 from hunyuan_train.memory.states import StateBytes
+from hunyuan_train.memory.step_time import TimeModel
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.registry import build_model
 from hunyuan_train.parallel.config import ParallelConfig
@@ -153,6 +155,34 @@ def test_narrow_states_take_less() -> None:
         estimate(HunyuanConfig(), Layout(), work, s).states for s in (StateBytes(), states)
     )
     assert narrow / wide == pytest.approx(6 / 20)
+
+
+def test_a_teacher_is_sharded_by_stage_three_only() -> None:
+    work, total = Work(img_tokens=256, txt_tokens=256), parameters(HunyuanConfig()).total.on(1)
+    for stage, ranks in ((0, 1), (2, 1), (3, 8)):
+        layout = Layout(world=8, zero_stage=stage)
+        alone, taught = (
+            estimate(HunyuanConfig(), layout, work, StateBytes(teacher=bytes_each))
+            for bytes_each in (0.0, 2.0)
+        )
+        assert taught.teacher == 2 * total / ranks
+        assert taught.states - alone.states == taught.teacher
+        assert taught.total - alone.total == pytest.approx(taught.teacher)
+
+
+def test_a_teacher_takes_two_forwards() -> None:
+    """What it adds to the prediction is forwards alone, and it is work of the model."""
+    cluster, model = ClusterConfig(), HunyuanConfig()
+    work = Work(img_tokens=8192, txt_tokens=256, recompute=Recompute.none)
+    alone, taught = (
+        TimeModel(model, cluster, teacher_passes=n).predict(Layout(world=1, zero_stage=0), work)
+        for n in (0, 2)
+    )
+    assert taught.parts.linear == pytest.approx(alone.parts.linear * 5 / 3)
+    assert taught.parts.elementwise == pytest.approx(alone.parts.elementwise * 5 / 3)
+    assert taught.parts.attention > alone.parts.attention
+    assert taught.parts.optimizer == alone.parts.optimizer
+    assert taught.mfu == pytest.approx(alone.mfu, rel=0.1)
 
 
 def test_tokens_fill_what_the_states_leave() -> None:

@@ -11,7 +11,9 @@ from tiny_run import MODEL
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.engine.footprint import footprint
 from hunyuan_train.engine.inputs import ModelInputs, build_inputs
+from hunyuan_train.engine.step import forward_flops, teacher_flops, training_flops
 from hunyuan_train.engine.teacher import (
     TEACHER_NAME,
     Teacher,
@@ -106,6 +108,20 @@ def test_a_student_with_a_silent_embedder_is_the_teacher_at_any_scale(tmp_path: 
         # And at w = 1 that is the target: the loss of a student starts at zero.
         one = replace(x, guidance=torch.full((3,), 1000.0))
         torch.testing.assert_close(teacher.target(one), cond, rtol=1e-5, atol=1e-5)
+
+
+def test_its_forwards_and_its_weights_are_counted(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "parallel.compute_dtype=bfloat16", "parallel.zero_stage=2")
+    plain = replace(cfg, objective=replace(cfg.objective, distill=False))
+    assert footprint(cfg).teacher == 2
+    assert footprint(plain).teacher == 0
+    batch = make_batch(cfg, MicroBatch(Bucket(5, 64, 64), (3, 5, 7)), 0, 9)
+    flops = forward_flops(batch, cfg).total
+    # Two forwards, one with fewer text tokens and both without the embedder of the scale.
+    assert 1.8 * flops < teacher_flops(batch, cfg) < 2 * flops
+    assert teacher_flops(batch, plain) == 0
+    taught, untaught = training_flops(batch, cfg), training_flops(batch, plain)
+    assert taught == untaught + teacher_flops(batch, cfg)
 
 
 def test_predictions_are_combined_in_float32() -> None:
