@@ -208,6 +208,7 @@ def train_step(
     tokens, kind = counts.loss_tokens, counts.kind
     state.lr = scheduled_rate(state, cfg)
     updates.set_learning_rate(state.lr)
+    updates.start_update(state.step)
     micro_steps: list[MicroStep] = []
     watch = Stopwatch(world.device)
     watch.mark()

@@ -29,6 +29,7 @@ def check_choices(
             f"{chosen[0]} cannot be combined with parallel.compute_dtype=float64, which keeps "
             "everything in float64; choose float32 or bfloat16"
         )
+    _check_frozen(optimizer, parallel)
     apex = optimizer.implementation is Implementation.apex
     states = [choice for choice in chosen if not choice.startswith("memory.ema")]
     if apex and (states or parallel.zero_engine is ZeroEngine.deepspeed):
@@ -56,6 +57,25 @@ def check_choices(
         raise ValueError(
             f"memory.fused_backward=true is for a single rank, but there are {ranks}; "
             "set it to false"
+        )
+
+
+def _check_frozen(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    """Check that the engine can leave parameters alone.
+
+    Raises:
+        ValueError: DeepSpeed updates flat ranges of many parameters, apex counts updates of all.
+    """
+    chosen = [name for name in ("trainable", "unfreeze") if getattr(optimizer, name)]
+    if chosen and parallel.zero_engine is ZeroEngine.deepspeed:
+        raise ValueError(
+            f"optimizer.{chosen[0]}={getattr(optimizer, chosen[0])} leaves parameters alone, and "
+            "DeepSpeed updates all in its flat buffers; set parallel.zero_engine=torch"
+        )
+    if optimizer.unfreeze and optimizer.implementation is Implementation.apex:
+        raise ValueError(
+            f"optimizer.unfreeze={optimizer.unfreeze} gives parameters different numbers of "
+            "updates, and optimizer.implementation=apex counts one for all; choose auto or torch"
         )
 
 

@@ -1,6 +1,6 @@
 """Options of the optimizer, its schedule, clipping and the moving average of the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -40,6 +40,12 @@ class OptimizerConfig:
     """What the rate does after the warm-up."""
     min_lr_ratio: float = 0.1
     """The rate at the last step over lr, for the cosine and linear schedules."""
+    trainable: list[str] = field(default_factory=list)
+    """Name patterns (`*` stands for anything) of the parameters to train; empty trains all. The
+    others have no gradient, no moments, and no part in the norm."""
+    unfreeze: dict[str, int] = field(default_factory=dict)
+    """First update, counted from 1, in which the parameters of a name pattern are trained; of
+    several patterns the latest counts. What no pattern names is trained from the start."""
     clip_norm: float = 1.0
     """Largest global gradient norm of an update; 0 only measures the norm."""
     ema_decay: float = 0.999
@@ -63,5 +69,10 @@ class OptimizerConfig:
         for name in ("weight_decay", "warmup_steps", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for pattern, first in self.unfreeze.items():
+            if first < 1:
+                raise ValueError(
+                    f"optimizer.unfreeze.{pattern}={first} must be at least 1, the first update"
+                )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")

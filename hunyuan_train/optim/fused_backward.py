@@ -24,16 +24,20 @@ class FusedBackward:
     """Calls an update from hooks on the parameters and measures the norm on the way."""
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], update: Callable[[str, Tensor, Tensor], None]
+        self,
+        params: Mapping[str, nn.Parameter],
+        update: Callable[[str, Tensor, Tensor], None],
+        frozen: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Install the hooks.
 
         Args:
             params: Trainable parameters by name.
             update: Called with name, gradient and a float32 scalar that is 1 to skip.
+            frozen: Says by name which parameters this update leaves alone.
         """
         device = next(iter(params.values())).device
-        self._update = update
+        self._update, self._frozen = update, frozen
         self._squares = torch.zeros((), device=device)
         self._refused = torch.zeros((), device=device)
         for name, param in params.items():
@@ -47,6 +51,9 @@ class FusedBackward:
         @torch.no_grad()
         def hook(param: Tensor) -> None:
             assert param.grad is not None
+            if self._frozen(name):
+                param.grad = None
+                return
             norm = torch.linalg.vector_norm(local_part(param.grad), dtype=torch.float32)
             self._squares.add_(norm.square())
             spoilt = (~torch.isfinite(self._squares)).to(torch.float32)

@@ -32,6 +32,10 @@ class PlainAdamW:
             for param, part in ((p, local_part(p.detach())) for p in params)
         )
 
+    def names(self) -> set[str]:
+        """Return the names of the parameters it updates."""
+        return {name for group in self._optimizer.param_groups for name in group["param_names"]}
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next updates."""
         set_learning_rate(self._optimizer, lr)

@@ -16,6 +16,7 @@ from hunyuan_train.optim.fused_backward import FusedBackward
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.optim.lean import LeanAdamW, needs_lean
 from hunyuan_train.optim.plain import PlainAdamW
+from hunyuan_train.optim.unfreezing import Unfreezing
 from hunyuan_train.parallel.apply import ParallelModel
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 from hunyuan_train.parallel.gradients import finish_gradients
@@ -25,13 +26,17 @@ from hunyuan_train.runtime.dist import ranks_in_world
 
 
 class Updates(Protocol):
-    """One update: ``start_micro_step``, forward, ``backward`` per micro-batch; ``clip``; ``step``.
+    """One update: ``start_update``; micro-batches; ``clip``; ``step``.
 
-    Gradients are sums: the loss of every rank is already divided by the tokens of all ranks.
+    A micro-batch is ``start_micro_step``, forward, ``backward``. Gradients are sums: the loss of every rank is already divided by the tokens of all ranks.
     """
 
     module: nn.Module
     """What the forward calls."""
+
+    def start_update(self, done: int) -> None:
+        """Say how many updates are done: some parameters may be trained from now on only."""
+        ...
 
     def start_micro_step(self, *, last: bool) -> None:
         """Prepare a forward; ``last`` says that the update follows its backward."""
@@ -104,6 +109,9 @@ class TorchUpdates:
         self._fusing = False
         self._factor: Tensor | None = None
         self._average: tuple[Mapping[str, Tensor] | None, float] = None, 0.0
+        self._unfreezing = Unfreezing(self._named, optimizer)
+        self._unfreezing.apply(self._named)
+        self._frozen = self._unfreezing.frozen(0)
         if not needs_lean(memory):
             apex = optimizer.implementation is Implementation.apex
             self._rule = (ApexAdamW if apex else PlainAdamW)(model.module, optimizer)
@@ -111,7 +119,13 @@ class TorchUpdates:
         trainable = {name: p for name, p in self._named.items() if p.requires_grad}
         self._rule = LeanAdamW(trainable, optimizer, memory, seed)
         if memory.fused_backward:
-            self._in_backward = FusedBackward(trainable, self._rule.update)
+            self._in_backward = FusedBackward(
+                trainable, self._rule.update, lambda name: name in self._frozen
+            )
+
+    def start_update(self, done: int) -> None:
+        """Look up what the next update leaves alone."""
+        self._frozen = self._unfreezing.frozen(done)
 
     def start_micro_step(self, *, last: bool) -> None:
         """Tell the sharding when to reduce.
@@ -131,6 +145,8 @@ class TorchUpdates:
         """Finish the sums over ranks, clip, and return the global norm before clipping."""
         if self._in_backward is not None:
             return self._in_backward.norm()
+        for name in self._frozen:
+            self._named[name].grad = None
         finish_gradients(self._model)
         self._fusing = isinstance(self._rule, PlainAdamW) and self._rule.fuses()
         norm = clip_grad_norm(self._named.values(), 0.0 if self._fusing else max_norm, self._cuts)
@@ -141,6 +157,9 @@ class TorchUpdates:
     def carry(self, ema: Ema, number: int) -> bool:
         """Take the moving average along in the next ``step`` if that runs the fused kernel."""
         averages = ema.lend() if self._fusing else None
+        if averages is not None and isinstance(self._rule, PlainAdamW):
+            # The average of what is never updated follows too, and the kernel does not see it.
+            averages = averages if averages.keys() == self._rule.names() else None
         self._average = averages, ema.decay(number)
         return averages is not None
 

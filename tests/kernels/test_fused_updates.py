@@ -1,6 +1,7 @@
 """The fused kernel under the trainer: the same weights, moments and average as without."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,19 +22,25 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 class Trial:
-    def __init__(self, device: str = "cpu", place: AveragePlace = AveragePlace.device):
+    def __init__(
+        self,
+        device: str = "cpu",
+        place: AveragePlace = AveragePlace.device,
+        cfg: OptimizerConfig = CFG,
+    ):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(24, 33), nn.LayerNorm(33), nn.Linear(33, 7)).to(device)
         for param in module.parameters():
             nn.init.normal_(param, std=0.3)
         model = ParallelModel(module, Axes.alone(), {}, frozenset())
-        self.updates = build_updates(model, ParallelConfig(zero_stage=0), CFG)
-        self.ema = Ema(module, CFG, self.updates.local_weights(), place)
+        self.updates = build_updates(model, ParallelConfig(zero_stage=0), cfg)
+        self.ema = Ema(module, cfg, self.updates.local_weights(), place)
         self.device = device
 
     def train(self, updates: int, max_norm: float = 0.1, spoil: int = -1) -> list[torch.Tensor]:
         norms = []
         for number in range(updates):
+            self.updates.start_update(number)
             x = torch.randn(5, 24, generator=torch.Generator().manual_seed(number))
             loss = self.updates.module(x.to(self.device)).square().sum()
             self.updates.backward(loss * (math.nan if number == spoil else 1.0), last=True)
@@ -66,6 +73,20 @@ def test_the_kernel_gives_the_same_state(place, monkeypatch):
         found = fused.train(4)
     # A moving average that no kernel takes along moves after it.
     assert calls == [place is AveragePlace.device] * 4
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    torch.testing.assert_close(fused.state(), eager.state(), **CLOSE)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("changes", [{"unfreeze": {"0.*": 3}}, {"trainable": ["1.*", "2.*"]}])
+def test_what_is_frozen_stays_and_its_average_follows(changes):
+    eager, fused = (Trial(cfg=replace(CFG, **changes)) for _ in range(2))
+    for trial in (eager, fused):
+        for shadow in trial.ema.state_dict().values():
+            shadow.mul_(2.0)  # else what is frozen equals its average
+    wanted = eager.train(4)
+    with dispatch.also_on("cpu"):
+        found = fused.train(4)
     torch.testing.assert_close(found, wanted, **CLOSE)
     torch.testing.assert_close(fused.state(), eager.state(), **CLOSE)
 

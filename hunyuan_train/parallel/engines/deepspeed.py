@@ -82,6 +82,9 @@ class DeepSpeedUpdates:
                 "exp_avg_sq": torch.zeros_like(flat.detach()),
             }
 
+    def start_update(self, done: int) -> None:
+        """Do nothing: every update trains everything."""
+
     def start_micro_step(self, *, last: bool) -> None:
         """Prepare a forward; ``last`` says that the update follows its backward."""
         self._engine.set_gradient_accumulation_boundary(last)
