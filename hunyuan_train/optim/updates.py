@@ -28,7 +28,8 @@ from hunyuan_train.runtime.dist import ranks_in_world
 class Updates(Protocol):
     """One update: ``start_update``; micro-batches; ``clip``; ``step``.
 
-    A micro-batch is ``start_micro_step``, forward, ``backward``. Gradients are sums: the loss of every rank is already divided by the tokens of all ranks.
+    A micro-batch is ``start_micro_step``, forward, ``backward``. Gradients are sums: the loss of
+    every rank is already divided by the tokens of all ranks.
     """
 
     module: nn.Module
