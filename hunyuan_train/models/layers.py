@@ -80,8 +80,9 @@ class VectorEmbedder(nn.Module):
 class GivenTokens(NamedTuple):
     """The tokens of given frames, and what they are modulated with."""
 
-    vec: Vec
-    """Conditioning of a clean frame [B, D]: time 0 and the pooled text, without guidance."""
+    vecs: Float[Tensor, "B 2 D"]
+    """The usual conditioning, then that of a clean frame: time 0 and the pooled text, without
+    guidance."""
     tokens: TokenMask
     """[B, S], True for tokens of given frames."""
 
@@ -134,18 +135,27 @@ class Modulation(nn.Module):
         self.triples = triples
         self.linear = nn.Linear(hidden_size, 3 * triples * hidden_size)
 
-    def forward(self, vec: Vec, given: GivenTokens | None = None) -> list[Shift] | list[ShiftOfTwo]:
-        """Return one modulation per normalised branch."""
-        if given is None:
-            return self._cut(self.linear(functional.silu(vec)))
-        # One product for both: ranks with and without given frames run every linear equally often.
-        both = self.linear(functional.silu(torch.stack([vec, given.vec], dim=1)))  # [B, 2, 3nD]
-        usual, clean = map(self._cut, both.unbind(dim=1))
-        return [ShiftOfTwo(*pair, given.tokens) for pair in zip(usual, clean, strict=True)]
-
-    def _cut(self, out: Tensor) -> list[Shift]:
-        parts = out.chunk(3 * self.triples, dim=-1)
+    def forward(self, vec: Tensor) -> list[Shift]:
+        """Return one ``Shift`` per normalised branch; ``vec`` is [B, D] or [B, 2, D]."""
+        parts = self.linear(functional.silu(vec)).chunk(3 * self.triples, dim=-1)
         return [Shift(*parts[3 * i : 3 * i + 3]) for i in range(self.triples)]
+
+
+def modulations(
+    module: Modulation, vec: Vec, given: GivenTokens | None
+) -> list[Shift] | list[ShiftOfTwo]:
+    """Return one modulation per normalised branch.
+
+    With and without given frames the module is called once and returns as many tensors: ranks may
+    differ in that, and what shards weights counts both.
+    """
+    if given is None:
+        return module(vec)
+    pairs = [
+        [Shift(*parts) for parts in zip(*(tensor.unbind(dim=1) for tensor in shift), strict=True)]
+        for shift in module(given.vecs)
+    ]
+    return [ShiftOfTwo(usual, clean, given.tokens) for usual, clean in pairs]
 
 
 class HeadNorm(nn.RMSNorm):

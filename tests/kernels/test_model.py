@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_kernels import dispatch
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.registry import build_model
 
 USED = {"norm_modulate", "gated_residual", "qk_norm_rope", "gelu_linear2"}
@@ -27,11 +27,12 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def tiny_model() -> nn.Module:
+def tiny_model(form: ImageCondition = ImageCondition.none) -> nn.Module:
     torch.manual_seed(0)
     cfg = HunyuanConfig(
         hidden_size=32, num_heads=2, num_double_blocks=1, num_single_blocks=2,
         rope_axes=[4, 6, 6], text_dim=24, pooled_dim=8, in_channels=4, out_channels=4,
+        image_condition=form,
     )  # fmt: skip
     model = build_model(cfg)
     for p in model.parameters():  # zero gates would hide what is behind them
@@ -39,7 +40,9 @@ def tiny_model() -> nn.Module:
     return model
 
 
-def results(model: nn.Module, mode: str) -> tuple[dict[str, torch.Tensor], set[str]]:
+def results(
+    model: nn.Module, mode: str, given: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Return the output and every gradient, and which fused ops ran."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 2, 4, 6, generator=generator)
@@ -50,7 +53,7 @@ def results(model: nn.Module, mode: str) -> tuple[dict[str, torch.Tensor], set[s
     dispatch.set_mode(mode)
     try:
         with dispatch.also_on("cpu"), _Names() as names:
-            out = model(latents, torch.tensor([300.0, 900.0]), text, mask, pooled)
+            out = model(latents, torch.tensor([300.0, 900.0]), text, mask, pooled, None, given)
             out.square().mean().backward()
     finally:
         dispatch.set_mode("auto")
@@ -58,11 +61,15 @@ def results(model: nn.Module, mode: str) -> tuple[dict[str, torch.Tensor], set[s
     return {"output": out.detach(), **grads}, names.seen
 
 
+GIVEN = torch.tensor([[True, False], [False, False]])
+
+
 @pytest.mark.kernel
-def test_output_and_gradients_through_the_kernels_are_those_without() -> None:
-    model = tiny_model()
-    plain, none = results(model, "off")
-    fused, used = results(model, "on")
+@pytest.mark.parametrize("given", [None, GIVEN], ids=["text", "given frames"])
+def test_output_and_gradients_through_the_kernels_are_those_without(given) -> None:
+    model = tiny_model(ImageCondition.none if given is None else ImageCondition.token_replace)
+    plain, none = results(model, "off", given)
+    fused, used = results(model, "on", given)
     assert not none
     assert {name.removesuffix("_backward") for name in used} >= USED
     assert plain.keys() == fused.keys()

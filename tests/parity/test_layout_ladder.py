@@ -54,6 +54,16 @@ UNEVEN = [*MODEL, "model.num_heads=6", "model.hidden_size=60", "model.rope_axes=
 NOT_SIX = {"tp4", "ulysses2 x ring2 x tp2", "tp2+sp x ulysses2"}
 """Layouts that four does not divide six heads for."""
 
+TASKS = "objective.tasks={text:1,first:1,first_last:1}"
+REPLACED = ("model.image_condition=token_replace",)
+GIVEN = {
+    "token_replace": REPLACED,
+    "concat": ("model.image_condition=concat", "model.in_channels=33"),
+    "by DeepSpeed": REPLACED,
+}
+GIVEN_LAYOUTS = {name: TWO[name] for name in ("tp2+sp", "ring2", "ulysses2", "zero3")}
+GIVEN_BY = {name: ENGINES[name] for name in ("deepspeed3", "megatron tp2+sp")}
+
 FIRST = {
     (2, "uneven", "float64"), (4, "uneven", "float64"), (8, "uneven", "float64"),
     (8, "divides", "float64"), (4, "uneven", "float32"), (2, "divides", "float32"),
@@ -73,7 +83,13 @@ CASES = [
 
 
 def climb(
-    rank: int, world: int, layouts: dict[str, str], kind: str, dtype: str, device: str = "cpu"
+    rank: int,
+    world: int,
+    layouts: dict[str, str],
+    kind: str,
+    dtype: str,
+    device: str = "cpu",
+    extra: tuple[str, ...] = (),
 ) -> dict[str, dict[str, float] | str]:
     """Return the errors of each layout against one process, or what it says when impossible."""
     import torch
@@ -104,6 +120,7 @@ def climb(
             f"run.device={device}",
             "parallel.zero_stage=0",
             f"parallel.compute_dtype={dtype}",
+            *extra,
         ]
     )
     place = torch.device("cpu") if device == "cpu" else torch.device(device, rank)
@@ -145,6 +162,19 @@ def test_other_engines_train_what_one_process_trains(world: int):
     for layout, errors in results.items():
         assert isinstance(errors, dict), f"{layout}: {errors}"
         over = {name: error for name, error in errors.items() if not error <= 1e-5}
+        assert not over, f"{layout}: {over}"
+
+
+@pytest.mark.parametrize("form", GIVEN)
+def test_given_frames_in_every_kind_of_layout(form: str):
+    """Videos have some of their frames given and images none, so that ranks differ in that too."""
+    layouts, dtype = (GIVEN_LAYOUTS, "float64") if form != "by DeepSpeed" else (GIVEN_BY, "float32")
+    arguments = (layouts, "uneven", dtype, "cpu", (*GIVEN[form], TASKS))
+    results = run_distributed(climb, 2, *arguments, timeout_s=240)[0]
+    for layout, errors in results.items():
+        assert isinstance(errors, dict), f"{layout}: {errors}"
+        tolerance = 1e-10 if dtype == "float64" else 1e-5
+        over = {name: error for name, error in errors.items() if not error <= tolerance}
         assert not over, f"{layout}: {over}"
 
 

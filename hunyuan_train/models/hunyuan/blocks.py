@@ -17,6 +17,7 @@ from hunyuan_train.models.layers import (
     HeadNorm,
     Mlp,
     Modulation,
+    modulations,
 )
 from hunyuan_train.models.rope import Rope, apply_rope
 from hunyuan_train.models.shapes import (
@@ -92,7 +93,7 @@ class DoubleStreamBlock(nn.Module):
         Returns:
             Both streams, shapes unchanged.
         """
-        img_attn_mod, img_mlp_mod = self.img_mod(vec, given)
+        img_attn_mod, img_mlp_mod = modulations(self.img_mod, vec, given)
         txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
 
         x = img_attn_mod.norm(img)
@@ -151,7 +152,7 @@ class SingleStreamBlock(nn.Module):
         given: GivenTokens | None = None,
     ) -> JointTokens:
         """Update the joint tokens [B, N + L, D], image tokens first; ``given`` covers them all."""
-        (mod,) = self.modulation(vec, given)
+        (mod,) = modulations(self.modulation, vec, given)
         hidden = self.linear1(mod.norm(x))
         # By share, not by size: a column shard of linear1 holds a share of its heads and units.
         mlp_features = hidden.shape[-1] * self.mlp_share // (self.qkv_share + self.mlp_share)

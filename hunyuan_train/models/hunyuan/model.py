@@ -163,7 +163,7 @@ class HunyuanVideo(nn.Module):
             ValueError: a shape does not fit the config, or guidance is missing or not taken.
         """
         grid = self._check_inputs(latents, text, pooled, guidance, given)
-        vec, clean = self._conditioning(time, pooled, guidance, given is not None)  # [B, D]
+        vec, vecs = self._conditioning(time, pooled, guidance, given is not None)  # [B, D]
         patches = self.img_in.cut(latents)  # [B, N, F]
         img_tokens, txt_tokens = patches.shape[1], text.shape[1]
         img = self.img_in(self.tokens.shard_img(patches))  # [B, N, D]
@@ -173,8 +173,8 @@ class HunyuanVideo(nn.Module):
         apart, joined = self.tokens.rows(rope, text_mask, img_tokens, txt_tokens)
 
         of_img, of_all = None, None
-        if given is not None and clean is not None:
-            of_img, of_all = self._given_tokens(given, clean, grid, patches, txt.shape[1])
+        if given is not None and vecs is not None:
+            of_img, of_all = self._given_tokens(given, vecs, grid, patches, txt.shape[1])
 
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, apart.rope, apart.key_mask, of_img)
@@ -186,8 +186,8 @@ class HunyuanVideo(nn.Module):
 
     def _conditioning(
         self, time: PerSample, pooled: Pooled, guidance: PerSample | None, given: bool
-    ) -> tuple[Vec, Vec | None]:
-        """Return the conditioning [B, D], and that of given frames where there are any."""
+    ) -> tuple[Vec, Tensor | None]:
+        """Return the conditioning [B, D]; with given frames also beside theirs, [B, 2, D]."""
         if not given:
             embedded, clean = self.time_in(time), None
         else:
@@ -196,12 +196,12 @@ class HunyuanVideo(nn.Module):
         vec = embedded + pooled
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(guidance)
-        return vec, None if clean is None else clean + pooled
+        return vec, None if clean is None else torch.stack([vec, clean + pooled], dim=1)
 
     def _given_tokens(
         self,
         given: FrameMask,
-        clean: Vec,
+        vecs: Tensor,
         grid: tuple[int, int, int],
         patches: Patches,
         txt_rows: int,
@@ -210,7 +210,7 @@ class HunyuanVideo(nn.Module):
         tokens = given[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)  # [B, N]
         mine = self.tokens.shard_img(tokens[..., None].to(patches.dtype))[..., 0] > 0
         joint = functional.pad(mine, (0, txt_rows))
-        return GivenTokens(clean, mine), GivenTokens(clean, joint)
+        return GivenTokens(vecs, mine), GivenTokens(vecs, joint)
 
     def _check_inputs(
         self,
