@@ -110,11 +110,14 @@ def run_steps(
         if watch.end(metrics, batches, waited_s):
             meter.go_back()
             continue
-        evaluation.run(meter, watch)
-        end = state.end(cfg)
-        if cfg.logging.due(state.step) or end:
+        if cfg.logging.due(state.step):
             meter.emit(watch.clock)
         stop = preemption.requested()
+        if not stop:  # else there is no time, and the next start does it
+            evaluation.run(meter, watch)
+        end = state.end(cfg)
+        if end:
+            meter.emit(watch.clock)
         keep = stop or end or run.checkpoints.due(state.step)
         if keep and watch.save():
             meter.go_back()

@@ -98,7 +98,7 @@ class _Drill:
         """Let the faults strike that are due in this phase."""
         if phase == "save":
             self._lift_limit()
-        under_way = self._run.state.step + (phase != "save")
+        under_way = self._run.state.step + (phase not in ("evaluate", "save"))
         for fault in [f for f in self._waiting if (f.phase, f.step) == (phase, under_way)]:
             self._waiting.remove(fault)
             self._strike(fault)

@@ -52,8 +52,9 @@ class FaultKind(StrEnum):
     """A decoding process is killed; where threads read, one of them ends."""
 
 
-PHASES = ("data", "forward", "backward", "update", "save")
-"""When in an update a fault can strike; ``save`` is the checkpoint after it, where one is due."""
+PHASES = ("data", "forward", "backward", "update", "evaluate", "save")
+"""When in an update a fault can strike; ``evaluate`` and ``save`` are the evaluation and the
+checkpoint after it, where one is due."""
 
 _ANYWHERE = {
     *(FaultKind.sigkill, FaultKind.sigsegv, FaultKind.abort, FaultKind.exception),

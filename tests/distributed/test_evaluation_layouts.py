@@ -102,7 +102,8 @@ def on_ranks(rank: int, world: int, layouts: dict[str, str], data: str, folder: 
 
     fields = (
         f"evaluation.latents={data}/latents", "evaluation.every_steps=2",
-        "evaluation.sample_every=4", "evaluation.samples_per_bucket=2", "sample.frames=5", "sample.height=64", "sample.width=64",
+        "evaluation.sample_every=4", "evaluation.samples_per_bucket=2",
+        "sample.frames=5", "sample.height=64", "sample.width=64",
         "sample.steps=2", "sample.cfg_scale=2", "sample.crf=0",
         'evaluation.prompts=["a red circle", "a blue square", "a green star"]',
     )  # fmt: skip
