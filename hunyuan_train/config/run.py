@@ -150,12 +150,18 @@ class DemoConfig:
     ranks: int = 2
     """Processes that precompute, train and sample, one thread each."""
 
+    every_stage: bool = False
+    """Whether every stage is measured on held-out clips and samples the held-out prompts."""
+
+    num_held_out: int = 48
+    """Held-out clips for that, and half as many held-out images."""
+
     def __post_init__(self) -> None:
         """Check single fields.
 
         Raises:
             ValueError: naming the field and the value.
         """
-        for name in ("num_clips", "num_images", "num_prompts", "ranks"):
+        for name in ("num_clips", "num_images", "num_prompts", "ranks", "num_held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"demo.{name}={getattr(self, name)} must be at least 1")

@@ -20,6 +20,7 @@ from hunyuan_train.data.shapes import (
     draw_clip,
     held_out_prompts,
 )
+from hunyuan_train.engine.demo_stages import every_stage_fields
 from hunyuan_train.engine.embedded_data import Stopwatch, make_data
 from hunyuan_train.engine.reporting import (
     data_tables,
@@ -70,7 +71,10 @@ def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
 
     watch = Stopwatch(folder / "seconds.json")
     with PeakTreeMemory(os.getpid()) as memory:
-        fields = [*arguments, *make_data(cfg, arguments, watch)]
+        data = make_data(cfg, arguments, watch)
+        if demo.every_stage:
+            data += every_stage_fields(cfg, arguments, data, prompts, watch)
+        fields = [*arguments, *data]
         watch.run("train the curriculum", lambda: run_ranks("curriculum", fields, demo.ranks))
         watch.run("sample", lambda: sample("ema"))
         watch.run("sample the untrained model", lambda: sample("initial"))
