@@ -14,7 +14,9 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import lay_out
 from hunyuan_train.engine.ledger import Ledger, Status
-from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
+from hunyuan_train.evaluation.config import SampleWeights
+from hunyuan_train.evaluation.given import check_pictures
+from hunyuan_train.evaluation.prompts import read_prompts
 from hunyuan_train.evaluation.sample import sample_videos
 from hunyuan_train.evaluation.video import (
     SHEET_COLUMNS,
@@ -93,23 +95,6 @@ def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
     return model
 
 
-def read_prompts(cfg: SampleConfig) -> list[str]:
-    """Return the prompts of ``sample.prompts`` and of the lines of ``sample.prompts_file``.
-
-    Raises:
-        ValueError: if the file is missing or there is no prompt at all.
-    """
-    prompts = list(cfg.prompts)
-    if cfg.prompts_file:
-        path = Path(cfg.prompts_file)
-        if not path.is_file():
-            raise ValueError(f"sample.prompts_file={path} does not exist; write one prompt a line")
-        prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError('no prompts; give sample.prompts=["..."] or sample.prompts_file=FILE')
-    return prompts
-
-
 def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     """Sample every prompt, each rank its share, and return the folder with the files.
 
@@ -122,6 +107,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     if not cfg.run.vae:
         raise ValueError("run.vae is empty; give it the folder of the VAE that made the latents")
     prompts = read_prompts(cfg.sample)
+    check_pictures(prompts, cfg.model.image_condition)
     vae = load_vae(cfg.run.vae, world.device)
     text_encoder = build_text_encoder(cfg.text, world.device)
     model = load_model(cfg, checkpoint, world)
@@ -145,7 +131,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         mine.append((video.prompt_index, video.repeat, video.prompt, preview))
     rows = sorted((row for part in gather_objects(mine) for row in part), key=lambda r: r[:2])
     if world.rank == 0:
-        (folder / PROMPTS_NAME).write_text(json.dumps(prompts, indent=2))
+        (folder / PROMPTS_NAME).write_text(json.dumps([p.prompt for p in prompts], indent=2))
         sheet = folder / "contact_sheet.png"
         write_contact_sheet(sheet, [row[3] for row in rows], [row[2] for row in rows])
         log.info("wrote %d samples of %s to %s", count, checkpoint, folder)

@@ -19,9 +19,11 @@ from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.held_out import averaged
 from hunyuan_train.engine.meter import StepMeter
-from hunyuan_train.engine.sampling import PROMPTS_NAME, read_prompts
+from hunyuan_train.engine.sampling import PROMPTS_NAME
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
+from hunyuan_train.evaluation.given import check_pictures
+from hunyuan_train.evaluation.prompts import captions_of, read_prompts
 from hunyuan_train.evaluation.sample import SampledVideo, sample_videos
 from hunyuan_train.evaluation.video import (
     SHEET_CELL_PX,
@@ -126,7 +128,8 @@ class Showing:
         )
         check_sequence({str(cfg.sample.bucket): cfg.sample.bucket.tokens}, cfg.parallel)
         self._prompts = read_prompts(self._cfg)
-        self._texts = know_texts(cfg, [*self._prompts, self._cfg.negative_prompt], run.world)
+        check_pictures(self._prompts, cfg.model.image_condition)
+        self._texts = know_texts(cfg, captions_of(self._prompts), run.world)
         self._vae = load_vae(cfg.run.vae)
 
     def shown(self, step: int) -> bool:
@@ -184,7 +187,7 @@ class Showing:
             if scratch.is_dir():
                 scratch.rmdir()
             if rank == 0:
-                finish(folder, step, found, self._prompts, meter)
+                finish(folder, step, found, [p.prompt for p in self._prompts], meter)
 
         return write
 

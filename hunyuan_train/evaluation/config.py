@@ -15,6 +15,18 @@ class SampleWeights(StrEnum):
     initial = "initial"
 
 
+class Schedule(StrEnum):
+    """Which noise levels the steps of the sampler go through."""
+
+    shifted = "shifted"
+    """Equal steps, moved towards noise by `shift`: the released sampler."""
+    linear = "linear"
+    """Equal steps."""
+    linear_quadratic = "linear_quadratic"
+    """Half of the steps for the first 2.5 % of the way, in equal steps, the rest quadratic (Movie
+    Gen, arXiv 2410.13720, section 3.4.2)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class SampleConfig:
     """Prompts, size and sampler settings of one sampling run."""
@@ -22,13 +34,21 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     """What to sample, one video per entry and repetition."""
     prompts_file: str = ""
-    """Text file with further prompts, one a line."""
+    """Text file with further prompts, one a line; or .jsonl with rows of prompt and, if they differ
+    from this section, negative_prompt, image, last_image and seed."""
+    image: str = ""
+    """Picture that videos begin with, resized to cover them and cropped; needs
+    `model.image_condition`."""
+    last_image: str = ""
+    """Picture that videos end with, beside `image`."""
     output: str = ""
     """Folder for the videos and the contact sheet; empty is `samples` in the run's folder."""
     negative_prompt: str = ""
     """Text of the unconditional branch; used when `cfg_scale` is not 1."""
     steps: int = 50
     """Euler steps."""
+    schedule: Schedule = Schedule.shifted
+    """Noise levels of the steps: shifted, linear or linear_quadratic."""
     shift: float = 0.0
     """Shift of the sigmas towards noise; 0 chooses 7, or 17 below 20 steps."""
     cfg_scale: float = 1.0
@@ -52,7 +72,7 @@ class SampleConfig:
     crf: int = 18
     """Quality of the mp4 files, 0 (best) to 51."""
     seed: int = 0
-    """Seed of the initial noise."""
+    """Seed of the initial noise, which also depends on the prompt's text and pictures alone."""
     num_per_prompt: int = 1
     """Videos per prompt, each from its own noise."""
     weights: SampleWeights = SampleWeights.ema
@@ -73,6 +93,11 @@ class SampleConfig:
                 raise ValueError(f"sample.{name}={value} must be at least 1")
         if self.shift < 0:
             raise ValueError(f"sample.shift={self.shift} must be above 0, or 0 to choose by steps")
+        if self.shift and self.schedule is not Schedule.shifted:
+            raise ValueError(
+                f"sample.shift={self.shift} belongs to sample.schedule=shifted, not to "
+                f"{self.schedule}; leave it at 0"
+            )
         if self.cfg_scale < 0:
             raise ValueError(f"sample.cfg_scale={self.cfg_scale} must not be negative; 1 is off")
         if not 0 <= self.crf <= 51:

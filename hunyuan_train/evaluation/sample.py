@@ -3,45 +3,25 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import TextEncoder
-from hunyuan_train.evaluation.config import SampleConfig
+from hunyuan_train.evaluation.config import SampleConfig, Schedule
+from hunyuan_train.evaluation.given import GivenFrames, SampleVae, check_pictures, encode_given
+from hunyuan_train.evaluation.prompts import Prompt, captions_of
+from hunyuan_train.evaluation.schedules import sigma_schedule
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.conditioning import guidance_input
 from hunyuan_train.objectives.flow_matching import model_time
-from hunyuan_train.objectives.timesteps import shift_sigmas
+from hunyuan_train.objectives.tasks import give_frames
 from hunyuan_train.runtime.seed import keyed_normal
 
 Progress = Callable[[int, int], None]
 """Called with (model steps done, model steps in all)."""
-
-
-@runtime_checkable
-class LatentDecoder(Protocol):
-    """What sampling needs of a VAE."""
-
-    @property
-    def cfg(self) -> VaeConfig:
-        """Its configuration."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters; they tell device and precision."""
-        ...
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Undo the scaling that diffusion latents carry."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn unscaled latents into pixels."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,22 +37,6 @@ class SampledVideo:
     """[3, F, H, W] float32 on the CPU, clamped to [-1, 1]."""
 
 
-def default_shift(steps: int) -> float:
-    """Return the published shift: 7 at 50 steps, 17 below 20 (arXiv 2412.03603, section 5.2)."""
-    return 17.0 if steps < 20 else 7.0
-
-
-def sigma_schedule(steps: int, shift: float) -> Tensor:
-    """Return the noise levels of an Euler run, [steps + 1] float32 from 1 (noise) down to 0.
-
-    Args:
-        steps: Euler steps.
-        shift: shift towards noise; 0 takes `default_shift(steps)`.
-    """
-    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64).float()
-    return shift_sigmas(uniform, shift or default_shift(steps))
-
-
 @torch.no_grad()
 def sample_latents(
     model: nn.Module,
@@ -85,6 +49,8 @@ def sample_latents(
     cfg_scale: float = 1.0,
     guidance: float | None = None,
     batched_cfg: bool = True,
+    schedule: Schedule = Schedule.shifted,
+    given: GivenFrames | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Integrate the flow from noise to scaled latents with Euler steps in float32.
@@ -101,6 +67,9 @@ def sample_latents(
             2207.12598); 1 leaves `negative` out.
         guidance: scale for a model with embedded guidance, None for one without.
         batched_cfg: run [uncond, cond] as one batch instead of one after the other.
+        schedule: see `sigma_schedule`.
+        given: frames to sample around, on the device of `noise`; a model with
+            `image_condition=concat` always takes them, none of them True for text to video.
         progress: called after every step.
 
     Returns:
@@ -109,11 +78,14 @@ def sample_latents(
     Raises:
         ValueError: `cfg_scale` is not 1 and there is no negative text.
     """
-    velocity = _Velocity(model, features, negative, cfg_scale, guidance, batched_cfg)
-    sigmas = sigma_schedule(steps, shift).to(noise.device)
+    velocity = _Velocity(model, features, negative, cfg_scale, guidance, batched_cfg, given)
+    sigmas = sigma_schedule(steps, shift, schedule).to(noise.device)
     latents = noise.float()
+    kept = None if given is None else given.replaced
     for now, after in pairwise(sigmas):
         latents = latents + (after - now) * velocity(latents, now)
+        if given is not None and kept is not None:
+            latents = give_frames(given.form, latents, given.latents, kept)
         if progress is not None:
             progress()
     return latents
@@ -130,8 +102,10 @@ class _Velocity:
         cfg_scale: float,
         guidance: float | None,
         batched_cfg: bool,
+        given: GivenFrames | None,
     ) -> None:
         self._model = model
+        self._given = given
         self._scale = cfg_scale
         self._guidance = guidance
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -158,7 +132,11 @@ class _Velocity:
 
     def _predict(self, latents: Tensor, sigma: Tensor, text: TextFeatures) -> Tensor:
         batch = len(text)  # B, or 2B when both branches run at once
-        inputs = latents.repeat(batch // latents.shape[0], 1, 1, 1, 1).to(self._dtype)
+        times, given = batch // latents.shape[0], self._given
+        if given is not None:
+            latents = give_frames(given.form, latents, given.latents, given.mask)
+        inputs = latents.repeat(times, 1, 1, 1, 1).to(self._dtype)
+        more = () if given is None or given.replaced is None else (given.mask.repeat(times, 1),)
         guidance = None
         if self._guidance is not None:
             guidance = guidance_input(self._guidance, batch, latents.device)
@@ -169,15 +147,16 @@ class _Velocity:
             text.mask,
             text.pooled.to(self._dtype),
             guidance,
+            *more,
         ).float()
 
 
 @torch.no_grad()
 def sample_videos(
     model: nn.Module,
-    vae: LatentDecoder,
+    vae: SampleVae,
     text_encoder: TextEncoder,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     cfg: SampleConfig,
     progress: Progress | None = None,
     items: Sequence[int] | None = None,
@@ -185,32 +164,32 @@ def sample_videos(
 ) -> Iterator[SampledVideo]:
     """Sample every prompt `cfg.num_per_prompt` times and yield the decoded videos one by one.
 
-    Sample number `prompt_index * num_per_prompt + repeat` starts from noise keyed by (seed, prompt
-    index, repeat), so it is the same in any batch and on any rank.
+    Sample number `prompt_index * num_per_prompt + repeat` starts from noise keyed by the prompt's
+    seed, text and pictures and by the repeat, so it is the same in any list, batch and layout.
 
     Args:
         model: the diffusion model; `model.cfg.guidance_embed` decides whether guidance is fed.
         vae: turns latents into pixels, one video at a time.
-        text_encoder: encodes the prompts and the negative prompt before sampling starts.
-        prompts: texts; usually `cfg.prompts`.
-        cfg: sizes and sampler settings; `cfg.prompts` is not read.
+        text_encoder: encodes the prompts and the negative prompts before sampling starts.
+        prompts: of `read_prompts(cfg)`.
+        cfg: sizes and sampler settings; prompts, pictures and seed are not read.
         progress: called with (steps done, steps in all).
         items: sample numbers to make, for a rank's share; all when None.
         decode_share: (rank, ranks) among those that sample the same items with one model spread
             over them; each decodes and yields every so many-th of them.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompts, or pictures for a model that takes none.
     """
     if not prompts:
         raise ValueError("there is nothing to sample; list prompts in sample.prompts")
-    media = cfg.bucket.media
     device = next(model.parameters()).device
-    guidance = cfg.guidance if cast(HunyuanConfig, model.cfg).guidance_embed else None
-    features = text_encoder.encode(list(prompts), media).to(device)
-    negative = None
-    if cfg.cfg_scale != 1:
-        negative = text_encoder.encode([cfg.negative_prompt], media).to(device)
+    model_cfg = cast(HunyuanConfig, model.cfg)
+    check_pictures(prompts, model_cfg.image_condition)
+    captions = captions_of(prompts)
+    media = cfg.bucket.media
+    # One by one, so that no prompt changes with those beside it.
+    features = concatenate([text_encoder.encode([text], media) for text in captions]).to(device)
     shape = (vae.cfg.latent_channels, *cfg.bucket.latent_shape)
     wanted = list(range(len(prompts) * cfg.num_per_prompt) if items is None else items)
     batches = [wanted[i : i + cfg.batch_size] for i in range(0, len(wanted), cfg.batch_size)]
@@ -223,28 +202,38 @@ def sample_videos(
             progress(done, total)
 
     for batch in batches:
-        keys = [divmod(item, cfg.num_per_prompt) for item in batch]
+        places = [divmod(item, cfg.num_per_prompt) for item in batch]
+        wanted = [prompts[place] for place, _ in places]
         noise = torch.stack(
-            [keyed_normal(shape, cfg.seed, "sample", prompt, repeat) for prompt, repeat in keys]
+            [
+                keyed_normal(shape, prompt.seed, "sample", prompt.key(), repeat)
+                for prompt, (_, repeat) in zip(wanted, places, strict=True)
+            ]
         ).to(device)
+        texts, negatives = (
+            features.select([captions.index(text) for text in column])
+            for column in zip(*((p.prompt, p.negative_prompt) for p in wanted), strict=True)
+        )
         latents = sample_latents(
             model,
             noise,
-            features.select([prompt for prompt, _ in keys]),
-            negative,
+            texts,
+            negatives,
             steps=cfg.steps,
             shift=cfg.shift,
             cfg_scale=cfg.cfg_scale,
-            guidance=guidance,
+            guidance=cfg.guidance if model_cfg.guidance_embed else None,
             batched_cfg=cfg.batched_cfg,
+            schedule=cfg.schedule,
+            given=encode_given(vae, wanted, cfg.bucket, model_cfg.image_condition, device),
             progress=count_step,
         )
-        for row, (prompt, repeat) in enumerate(keys):
+        for row, (prompt, repeat) in enumerate(places):
             if batch[row] % decode_share[1] != decode_share[0]:
                 continue
             # One at a time: decoding needs several times the memory of sampling.
             yield SampledVideo(
-                prompt=prompts[prompt],
+                prompt=prompts[prompt].prompt,
                 prompt_index=prompt,
                 repeat=repeat,
                 pixels=decode_latents(vae, latents[row : row + 1])[0],
@@ -252,7 +241,7 @@ def sample_videos(
 
 
 @torch.no_grad()
-def decode_latents(vae: LatentDecoder, latents: Tensor) -> Tensor:
+def decode_latents(vae: SampleVae, latents: Tensor) -> Tensor:
     """Decode scaled latents [B, C, T, h, w] to pixels [B, 3, F, H, W], float32 on the CPU."""
     parameter = next(vae.parameters())
     pixels = vae.decode(vae.unscale(latents).to(parameter.device, parameter.dtype))

@@ -11,7 +11,7 @@ from diffusers import (
 
 from hunyuan_train.encoders.features import TextFeatures
 from hunyuan_train.evaluation.sample import decode_latents, sample_latents
-from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.hunyuan.state_dict import diffusers_config, hunyuan_links
 from hunyuan_train.models.vae.config import VaeConfig
@@ -31,6 +31,8 @@ def randomise(module: torch.nn.Module, seed: int, std: float) -> None:
 
 def build_models(
     guidance_embed: bool,
+    image_condition: ImageCondition = ImageCondition.none,
+    in_channels: int = 4,
 ) -> tuple[HunyuanVideo, HunyuanVideoTransformer3DModel]:
     """Return our model and the diffusers one with the same random weights, zero-free."""
     cfg = HunyuanConfig(
@@ -38,8 +40,9 @@ def build_models(
         num_heads=4,
         num_double_blocks=2,
         num_single_blocks=2,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
+        image_condition=image_condition,
         rope_axes=[4, 6, 6],
         text_dim=TEXT_DIM,
         pooled_dim=POOLED_DIM,
