@@ -138,6 +138,31 @@ def goodput_table(folder: Path) -> ReportTable | None:
     )
 
 
+def failures_table(found: Goodput) -> ReportTable | None:
+    """Return what failed and what it cost, one row each; None if nothing did."""
+    if not found.failures:
+        return None
+    rows = [
+        [
+            f"{failed.time - found.begin:,.1f} s",
+            failed.fault or "unnamed",
+            f"{failed.detection_s:.2f} s",
+            "" if failed.recovery_s is None else f"{failed.recovery_s:.1f} s",
+            f"{failed.lost_s:.1f} s",
+            failed.sentence,
+        ]
+        for failed in found.failures
+    ]
+    survived = sum(failed.recovery_s is not None for failed in found.failures)
+    return ReportTable(
+        title="Failures survived",
+        columns=["after", "what", "noticed in", "training again in", "work done again", "detail"],
+        rows=rows,
+        note=f"{survived} of {len(rows)} were survived; updates refused by the guard: "
+        f"{found.refused}.",
+    )
+
+
 def advice(found: Goodput) -> str:
     """Return the interval between checkpoints that loses least at what was measured, if any was."""
     training_s = sum(span.end - span.begin for span in found.spans if span.step >= 0)

@@ -14,6 +14,12 @@ from hunyuan_train.engine.data import QUARANTINE_NAME
 from hunyuan_train.engine.goodput import goodput_table
 from hunyuan_train.engine.precompute_merge import QUARANTINE
 from hunyuan_train.engine.sampling import PROMPTS_NAME, newest_weights
+from hunyuan_train.engine.story import (
+    evaluation_tables,
+    opening_tables,
+    progress_grids,
+    stage_folders,
+)
 from hunyuan_train.engine.vae_run import SUMMARY_NAME
 from hunyuan_train.evaluation.bucket_stats import (
     bucket_table,
@@ -32,9 +38,8 @@ def run_stages(folder: Path) -> list[StageCurves]:
     Raises:
         ValueError: if the folder is not a run's or holds no metrics.
     """
-    found = sorted((folder / "stages").glob(f"*/{CONFIG_NAME}")) or [folder / CONFIG_NAME]
-    metrics = [path.parent / "metrics.jsonl" for path in found]
-    curves = [StageCurves.read(p.parent.name, p) for p in metrics if p.is_file()]
+    metrics = {name: path / "metrics.jsonl" for name, path in stage_folders(folder).items()}
+    curves = [StageCurves.read(name, path) for name, path in metrics.items() if path.is_file()]
     if not curves:
         raise ValueError(f"{folder} holds no metrics.jsonl; give run.dir the folder of a run")
     return curves
@@ -66,16 +71,17 @@ def data_tables(folder: Path) -> list[Table]:
 
     The list of precompute is that of the latent store of the newest stage.
     """
-    configs = sorted((folder / "stages").glob(f"*/{CONFIG_NAME}")) or [folder / CONFIG_NAME]
-    tables = []
-    for path in configs:
-        if stats := read_bucket_stats(path.parent / BUCKETS_NAME):
-            tables.append(bucket_table(path.parent.name, stats))
-    data = load_config(configs[-1]).data
+    stages = stage_folders(folder)
+    tables = [
+        bucket_table(name, stats)
+        for name, path in stages.items()
+        if (stats := read_bucket_stats(path / BUCKETS_NAME))
+    ]
+    data = load_config(list(stages.values())[-1] / CONFIG_NAME).data
     stores = [source.latents for source in data.sources.values()] or [data.latents]
     left_out = {
         "Files that precompute left out": [Path(store) / QUARANTINE for store in stores],
-        "Samples that training could not use": [p.parent / QUARANTINE_NAME for p in configs],
+        "Samples that training could not use": [path / QUARANTINE_NAME for path in stages.values()],
     }
     found = [quarantine_table(title, paths) for title, paths in left_out.items()]
     return tables + [table for table in found if table is not None]
@@ -107,15 +113,21 @@ def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
     prompts = samples / PROMPTS_NAME
     if prompts.is_file():
         grids.append(sample_grid(samples, "Samples", json.loads(prompts.read_text())))
+    grids += progress_grids(folder)
     figures: Mapping[str, Any] = {"checkpoint": str(run.checkpoint.relative_to(folder))}
     return write_report(
         folder,
         Report(
             title=f"Run {folder.name}",
             figures=figures,
+            opening=opening_tables(folder),
             stages=run_stages(folder),
             grids=grids,
-            tables=[*data_tables(folder), *([time] if (time := goodput_table(folder)) else [])],
+            tables=[
+                *evaluation_tables(folder),
+                *data_tables(folder),
+                *([time] if (time := goodput_table(folder)) else []),
+            ],
             extra_curves=vae_curves(vae_folder) if vae_folder else {},
             settings=machine(),
         ),

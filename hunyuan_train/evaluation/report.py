@@ -158,6 +158,9 @@ class Report:
     targets: Mapping[str, float] = field(default_factory=dict)
     """Share per scored aspect that counts as reached."""
 
+    opening: Sequence[Table] = ()
+    """Shown first: the whole in one look."""
+
     stages: Sequence[StageCurves] = ()
     grids: Sequence[SampleGrid] = ()
     tables: Sequence[Table] = ()
@@ -203,6 +206,7 @@ def _page(report: Report) -> str:
     sections = [
         _scores(report),
         _numbers(report),
+        *(_table(table) for table in report.opening),
         _stages(report),
         *(_grid(grid, report.fps) for grid in report.grids),
         *(_table(table) for table in report.tables),

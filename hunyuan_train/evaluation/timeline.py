@@ -1,7 +1,8 @@
-"""The chart of where a run's time went, drawn without a display and returned as PNG bytes."""
+"""Charts over the wall-clock of a run, drawn without a display and returned as PNG bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -46,6 +47,54 @@ def timeline_chart(
         axes.spines[["left", "bottom"]].set_color("#999")
         axes.tick_params(colors="#444", labelsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageBar:
+    """One stage of a time line."""
+
+    name: str
+    after: str
+    """The stage it starts from; empty for none."""
+    pieces: Sequence[tuple[float, float]]
+    """Begin and end of every start, in seconds from the begin of the chart."""
+    done: bool
+
+
+def stages_chart(bars: Sequence[StageBar], failures: Sequence[float]) -> bytes:
+    """Draw every stage as bars on a line of its own, from what it starts from to where it ends.
+
+    Args:
+        bars: In the order they are listed, from the top.
+        failures: When something failed, in seconds from the begin; marked on top.
+    """
+    figure = Figure(figsize=(9.6, 0.9 + 0.34 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ends = [end for bar in bars for _, end in bar.pieces]
+    size, unit = _unit(max(ends, default=1.0))
+    lines = {bar.name: line for line, bar in enumerate(bars)}
+    for line, bar in enumerate(bars):
+        colour = "#3b6fb6" if bar.done else "#e3b56b"
+        for begin, end in bar.pieces:
+            width = max(end - begin, max(ends) / 400)
+            axes.barh(line, width / size, 0.62, left=begin / size, color=colour)
+        source = bars[lines[bar.after]] if bar.after in lines else None
+        if source is not None and source.pieces and bar.pieces:
+            start, stop = source.pieces[-1][1] / size, bar.pieces[0][0] / size
+            axes.plot([start, start, stop], [lines[bar.after], line, line], color="#999", lw=0.9)
+    if failures:
+        places = [at / size for at in failures]
+        axes.plot(places, [-0.75] * len(places), "v", color="#b6483b", ms=5, clip_on=False)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
+    axes.set_ylim(len(bars) - 0.4, -0.9 if failures else -0.6)
+    axes.set_xlabel(f"wall-clock, {unit}", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999")
+    axes.tick_params(colors="#444", labelsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
