@@ -29,6 +29,7 @@ from hunyuan_train.engine.reporting import (
     sample_grid,
     vae_curves,
 )
+from hunyuan_train.engine.story import evaluation_tables, opening_tables, progress_grids
 from hunyuan_train.evaluation.prompt_following import chance_scores, score_video, score_videos
 from hunyuan_train.evaluation.report import Report, write_report
 from hunyuan_train.evaluation.video import read_video
@@ -130,9 +131,10 @@ def _write_report(
         intro=INTRO,
         figures=figures,
         targets={"colour": 0.90, "shape": 0.70, "direction": 0.85},
+        opening=opening_tables(folder),
         stages=run_stages(folder),
-        grids=[dataclasses.replace(trained, verdicts=verdicts), untrained],
-        tables=data_tables(folder),
+        grids=[dataclasses.replace(trained, verdicts=verdicts), untrained, *progress_grids(folder)],
+        tables=[*evaluation_tables(folder), *data_tables(folder)],
         extra_curves=vae_curves(folder / "vae"),
         settings=machine(),
         fps=cfg.sample.fps,

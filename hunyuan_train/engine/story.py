@@ -90,7 +90,8 @@ def evaluation_tables(folder: Path) -> list[Table]:
 def progress_grids(folder: Path) -> list[SampleGrid]:
     """Return a grid per prompt of the samples that training made, as it went on.
 
-    Of a curriculum the last of each stage, of a run a few that are spread over it.
+    Of a curriculum the last of each stage, of a run a few that are spread over it. Prompts that
+    most of these have in common come first.
     """
     sets: list[tuple[str, Path]] = []
     stages = stage_folders(folder)
@@ -104,7 +105,8 @@ def progress_grids(folder: Path) -> list[SampleGrid]:
             for suffix in ("mp4", "png"):
                 if (path := place / f"{number:03d}-0.{suffix}").is_file():
                     prompts.setdefault(str(prompt), []).append((label, path))
-    return [_grid(prompt, found) for prompt, found in list(prompts.items())[:_MOST_PROMPTS]]
+    shown = sorted(prompts.items(), key=lambda item: -len(item[1]))[:_MOST_PROMPTS]
+    return [_grid(prompt, found) for prompt, found in shown]
 
 
 def _grid(prompt: str, found: Sequence[tuple[str, Path]]) -> SampleGrid:

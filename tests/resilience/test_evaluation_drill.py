@@ -27,7 +27,8 @@ def test_an_evaluation_that_ended_the_run_is_left_out(tmp_path: Path) -> None:
     fields = (*FIELDS, *PATIENT, f"evaluation.latents={data / 'latents'}")
     faults = ["sigstop@1:6:phase=evaluate", "sigkill@0:12:phase=evaluate:attempt=1"]
     quiet, broken = tmp_path / "quiet", tmp_path / "broken"
-    assert train(data, quiet, *fields, timeout_s=300)[0] == 0
+    code, text = train(data, quiet, *fields, timeout_s=300)
+    assert code == 0, text
     code, text = train(data, broken, *fields, faults=faults, timeout_s=400)
     assert code == 0, text
     found = strikes(broken)
