@@ -6,9 +6,8 @@ first frame of a clip that was never trained on, and are asked to move it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.shapes import Combination, draw_clip, write_shapes_dataset
 from hunyuan_train.engine.curriculum import compose_stages
 from hunyuan_train.engine.embedded_data import Stopwatch
-from hunyuan_train.engine.showing import sample_folder
+from hunyuan_train.engine.sampling import PROMPTS_NAME
 from hunyuan_train.evaluation.prompt_following import score_videos
 from hunyuan_train.evaluation.video import read_png, read_video, write_png
 from hunyuan_train.models.hunyuan.config import ImageCondition
@@ -103,23 +102,35 @@ def every_stage_fields(
     return fields
 
 
-def stage_scores(folder: Path, stages: dict[str, Path], last: dict[str, int]) -> dict[str, Any]:
+def last_samples(stage: Path) -> list[tuple[str, Path]]:
+    """Return prompt and file of each sample that a stage made after its last update.
+
+    Raises:
+        ValueError: it made none.
+    """
+    found = sorted((stage / "samples").glob(f"step-*/{PROMPTS_NAME}"))
+    if not found:
+        raise ValueError(f"{stage} has no samples; run the demo with recipe=demo_full")
+    prompts = json.loads(found[-1].read_text())
+    return [
+        (prompt, next(found[-1].parent.glob(f"{number:03d}-0.*")))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def stage_scores(stages: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Score the samples that every stage made after its last update.
 
     Args:
-        folder: Of the demo.
         stages: Folders of the stages by name.
-        last: Updates of each.
 
     Returns:
         The share of samples that show their prompt, per stage and aspect, and their mean.
     """
-    found: dict[str, Any] = {}
+    found = {}
     for name, stage in stages.items():
-        samples = sample_folder(stage, last[name])
-        prompts = json.loads((samples / "prompts.json").read_text())
-        files = [next(samples.glob(f"{number:03d}-0.*")) for number in range(len(prompts))]
-        videos = [read_png(f) if f.suffix == ".png" else read_video(f) for f in files]
-        scores = score_videos(videos, prompts)
+        samples = last_samples(stage)
+        videos = [read_png(f) if f.suffix == ".png" else read_video(f) for _, f in samples]
+        scores = score_videos(videos, [prompt for prompt, _ in samples])
         found[name] = scores | {"mean": sum(scores.values()) / len(scores)}
     return found
