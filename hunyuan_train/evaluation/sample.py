@@ -183,16 +183,10 @@ def sample_videos(
     """
     if not prompts:
         raise ValueError("there is nothing to sample; list prompts in sample.prompts")
-    device = next(model.parameters()).device
-    model_cfg = cast(HunyuanConfig, model.cfg)
-    check_pictures(prompts, model_cfg.image_condition)
-    captions = captions_of(prompts)
-    media = cfg.bucket.media
-    # One by one, so that no prompt changes with those beside it.
-    features = concatenate([text_encoder.encode([text], media) for text in captions]).to(device)
-    shape = (vae.cfg.latent_channels, *cfg.bucket.latent_shape)
-    wanted = list(range(len(prompts) * cfg.num_per_prompt) if items is None else items)
-    batches = [wanted[i : i + cfg.batch_size] for i in range(0, len(wanted), cfg.batch_size)]
+    check_pictures(prompts, cast(HunyuanConfig, model.cfg).image_condition)
+    texts = _Texts(text_encoder, prompts, cfg.bucket.media)
+    numbers = list(range(len(prompts) * cfg.num_per_prompt) if items is None else items)
+    batches = [numbers[i : i + cfg.batch_size] for i in range(0, len(numbers), cfg.batch_size)]
     total, done = len(batches) * cfg.steps, 0
 
     def count_step() -> None:
@@ -202,42 +196,63 @@ def sample_videos(
             progress(done, total)
 
     for batch in batches:
-        places = [divmod(item, cfg.num_per_prompt) for item in batch]
-        wanted = [prompts[place] for place, _ in places]
-        noise = torch.stack(
-            [
-                keyed_normal(shape, prompt.seed, "sample", prompt.key(), repeat)
-                for prompt, (_, repeat) in zip(wanted, places, strict=True)
-            ]
-        ).to(device)
-        texts, negatives = (
-            features.select([captions.index(text) for text in column])
-            for column in zip(*((p.prompt, p.negative_prompt) for p in wanted), strict=True)
-        )
-        latents = sample_latents(
-            model,
-            noise,
-            texts,
-            negatives,
-            steps=cfg.steps,
-            shift=cfg.shift,
-            cfg_scale=cfg.cfg_scale,
-            guidance=cfg.guidance if model_cfg.guidance_embed else None,
-            batched_cfg=cfg.batched_cfg,
-            schedule=cfg.schedule,
-            given=encode_given(vae, wanted, cfg.bucket, model_cfg.image_condition, device),
-            progress=count_step,
-        )
-        for row, (prompt, repeat) in enumerate(places):
+        places = [divmod(number, cfg.num_per_prompt) for number in batch]
+        wanted = [(prompts[place], repeat) for place, repeat in places]
+        latents = _sample_batch(model, vae, texts, wanted, cfg, count_step)
+        for row, (place, repeat) in enumerate(places):
             if batch[row] % decode_share[1] != decode_share[0]:
                 continue
             # One at a time: decoding needs several times the memory of sampling.
             yield SampledVideo(
-                prompt=prompts[prompt].prompt,
-                prompt_index=prompt,
+                prompt=prompts[place].prompt,
+                prompt_index=place,
                 repeat=repeat,
                 pixels=decode_latents(vae, latents[row : row + 1])[0],
             )
+
+
+class _Texts:
+    """Features of all captions and negative captions of a list of prompts."""
+
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[Prompt], media: str) -> None:
+        captions = captions_of(prompts)
+        self._rows = {text: row for row, text in enumerate(captions)}
+        # One by one, so that no prompt changes with those beside it.
+        self._features = concatenate([encoder.encode([text], media) for text in captions])
+
+    def of(self, captions: Sequence[str], device: torch.device) -> TextFeatures:
+        """Return the features of some of them."""
+        return self._features.select([self._rows[text] for text in captions]).to(device)
+
+
+def _sample_batch(
+    model: nn.Module,
+    vae: SampleVae,
+    texts: _Texts,
+    wanted: Sequence[tuple[Prompt, int]],
+    cfg: SampleConfig,
+    progress: Callable[[], None],
+) -> Tensor:
+    """Return the latents [B, C, T, h, w] of some prompts, each in one of its repeats."""
+    device = next(model.parameters()).device
+    model_cfg = cast(HunyuanConfig, model.cfg)
+    shape = (vae.cfg.latent_channels, *cfg.bucket.latent_shape)
+    noise = [keyed_normal(shape, p.seed, "sample", p.key(), repeat) for p, repeat in wanted]
+    prompts = [prompt for prompt, _ in wanted]
+    return sample_latents(
+        model,
+        torch.stack(noise).to(device),
+        texts.of([prompt.prompt for prompt in prompts], device),
+        texts.of([prompt.negative_prompt for prompt in prompts], device),
+        steps=cfg.steps,
+        shift=cfg.shift,
+        cfg_scale=cfg.cfg_scale,
+        guidance=cfg.guidance if model_cfg.guidance_embed else None,
+        batched_cfg=cfg.batched_cfg,
+        schedule=cfg.schedule,
+        given=encode_given(vae, prompts, cfg.bucket, model_cfg.image_condition, device),
+        progress=progress,
+    )
 
 
 @torch.no_grad()
