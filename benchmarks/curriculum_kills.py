@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from killing import killed_when  # noqa: E402
-from tiny_run import command, make_data, overrides, rows  # noqa: E402
+from forked import Job  # noqa: E402
+from tiny_run import make_data, overrides, rows  # noqa: E402
 
 from hunyuan_train.checkpoint.storage import Manifest  # noqa: E402
 from hunyuan_train.engine.ledger import LEDGER_NAME, Ledger, Status  # noqa: E402
@@ -36,24 +35,21 @@ STAGES = {
     "overrides:['model.guidance_embed=true']",
 }
 SETTINGS = (
-    "stage.steps=12", "checkpoint.every_steps=3", "data.train_durations=[1,5]",
+    "stage.steps=6", "checkpoint.every_steps=3", "data.train_durations=[1,5]",
     "optimizer.schedule=cosine", "certify.at_start=false", "logging.level=warning",
 )  # fmt: skip
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens", "samples")
+IN_BACKGROUND = 5
+"""One of so many runs writes its checkpoints in the background, by a process slow to start."""
 TRIES = 5
 """Draws of a time until one hits a run that is still going."""
 
 
-def curriculum(data: Path, run: Path, ranks: int, *, background: bool) -> list[str]:
-    """Return the command of the curriculum; ``background`` is how checkpoints are written."""
+def start(data: Path, run: Path, ranks: int, *, background: bool = False) -> Job:
+    """Start the curriculum; ``background`` is how checkpoints are written."""
     nodes = ",".join(f"{name}:{{{node}}}" for name, node in STAGES.items())
     extra = (f"curriculum.stages={{{nodes}}}", f"checkpoint.asynchronous={str(background).lower()}")
-    return command("curriculum", overrides(data, run, *extra, *SETTINGS), ranks)
-
-
-def finish(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    return Job("curriculum", overrides(data, run, *extra, *SETTINGS), ranks, run / "log")
 
 
 def outcome(run: Path) -> dict[str, tuple[dict[str, str], list[list[float]]]]:
@@ -80,8 +76,9 @@ def place(run: Path) -> str:
 def measure(data: Path, folder: Path, ranks: int, kills: int, draws: random.Random) -> dict:
     """Kill ``kills`` runs of a number of ranks and compare each."""
     straight = folder / f"straight-{ranks}"
+    start(data, folder / f"first-{ranks}", ranks).wait()  # what is only slow once is done now
     started = time.monotonic()
-    finish(curriculum(data, straight, ranks, background=True))
+    start(data, straight, ranks).wait()
     whole_s = time.monotonic() - started
     wanted = outcome(straight)
     places: Counter[str] = Counter()
@@ -89,15 +86,16 @@ def measure(data: Path, folder: Path, ranks: int, kills: int, draws: random.Rand
     for number in range(kills):
         for attempt in range(TRIES):
             run = folder / f"{ranks}-{number}-{attempt}"
-            arguments = curriculum(data, run, ranks, background=number % 2 == 0)
+            background = number % IN_BACKGROUND == 1
             end = time.monotonic() + draws.uniform(0.05, 1.0) * slowest
-            if killed_when(arguments, lambda end=end: time.monotonic() >= end) is not None:
+            job = start(data, run, ranks, background=background)
+            if job.kill_when(lambda end=end: time.monotonic() >= end):
                 break
             slowest *= 0.9
         else:
             raise AssertionError(f"{TRIES} runs ended before they could be killed")
         places[place(run)] += 1
-        finish(arguments)
+        start(data, run, ranks, background=background).wait()
         equal = outcome(run) == wanted
         same += equal
         print(f"{ranks} ranks, kill {number + 1}: {'same' if equal else 'OTHER'}", file=sys.stderr)
@@ -120,7 +118,7 @@ def main() -> None:
     draws = random.Random(args.seed)
     figures = {}
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
-        data = make_data(Path(name) / "data")
+        data = make_data(Path(name) / "data")  # before any rank is forked, which is from a server
         for ranks in args.ranks:
             found = measure(data, Path(name), ranks, args.kills, draws)
             figures |= {f"{key}_{ranks}_ranks": figure for key, figure in found.items()}

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killing import killed_when
-from tiny_run import command, make_data, overrides, rows, run_verb
+from forked import Job
+from tiny_run import make_data, overrides, rows
 
 from hunyuan_train.checkpoint.load import load_weights
 from hunyuan_train.checkpoint.storage import Manifest
@@ -115,11 +114,6 @@ def test_samples_and_tokens_end_stages(data: Path, tmp_path: Path) -> None:
         assert again[key] == json.loads(before)["stages"]["one"][key]
 
 
-def killed(arguments: list[str], ranks: int, when: Callable[[], bool]) -> None:
-    """Start a curriculum and kill all its processes with SIGKILL once ``when``."""
-    assert killed_when(command("curriculum", arguments, ranks), when) is not None
-
-
 def state_of(run: Path, stage: str) -> str:
     return ledger(run)[stage]["state"] if (run / "curriculum.json").is_file() else ""
 
@@ -131,23 +125,25 @@ def test_killed_twice_and_on_fewer_ranks_it_ends_as_if_it_never_was(
     """On two ranks, killed inside a stage and between two, bitwise; the last branch on one rank."""
     extra = ("stage.steps=12", "checkpoint.every_steps=4", "optimizer.schedule=cosine")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    done = run_verb("curriculum", curriculum(data, straight, TREE, *extra), 2)
-    assert done.returncode == 0, done.stderr
 
-    arguments = curriculum(data, broken, TREE, *extra)
+    def start(run: Path, *options: str) -> Job:
+        arguments = curriculum(data, run, TREE, *extra)
+        return Job("curriculum", [*arguments, *options], 2, tmp_path / "log")
+
+    start(straight).wait()
     metrics = broken / "stages/01-one/metrics.jsonl"
-    killed(arguments, 2, lambda: metrics.is_file() and '"step": 6' in metrics.read_text())
+    at_six = lambda: metrics.is_file() and '"step": 6' in metrics.read_text()  # noqa: E731
+    assert start(broken).kill_when(at_six)
     assert state_of(broken, "one") == "running"
-    killed(arguments, 2, lambda: state_of(broken, "one") == "done")
+    assert start(broken).kill_when(lambda: state_of(broken, "one") == "done")
     assert state_of(broken, "two") != "done"
-    done = run_verb("curriculum", [*arguments, "--until", "two"], 2)
-    assert done.returncode == 0, done.stderr
+    start(broken, "--until", "two").wait()
     for stage in ("one", "two"):
         assert digests(broken, stage) == digests(straight, stage), stage
     assert len(ledger(broken)["one"]["attempts"]) == 2
 
     # The updates of what comes later stay those planned for the ranks of the first start.
-    assert main(["curriculum", *arguments]) == 0
+    assert main(["curriculum", *curriculum(data, broken, TREE, *extra)]) == 0
     theirs, mine = ledger(straight)["side"], ledger(broken)["side"]
     for key in ("state", "planned_ranks", "steps", "samples", "tokens"):
         assert mine[key] == theirs[key]
