@@ -14,7 +14,7 @@ from hunyuan_train.engine.state import TrainState, scheduled_rate
 from hunyuan_train.engine.teacher import teacher_model
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.recompute import BucketMode, set_recompute
-from hunyuan_train.objectives.loss import flow_matching_loss
+from hunyuan_train.objectives.loss import LossSum, flow_matching_loss
 from hunyuan_train.observability.flops import ForwardFlops, dit_forward_flops
 from hunyuan_train.optim.updates import update_weights
 from hunyuan_train.parallel.mesh import Axes
@@ -41,7 +41,7 @@ class MicroStep:
     """[B] float64 on the CPU: tokens of each sample that its loss counts."""
 
     @classmethod
-    def of(cls, batch: Batch, loss_sums: Tensor, counted: int, x: ModelInputs) -> Self:
+    def of(cls, batch: Batch, loss: LossSum, x: ModelInputs) -> Self:
         """Count the samples of a batch, none if it has no weight."""
         ids = batch.sample_ids if batch.weight else []
         return cls(
@@ -49,8 +49,8 @@ class MicroStep:
             source=batch.source,
             samples=len(ids),
             tokens=len(ids) * batch.bucket.tokens,
-            loss_sums=loss_sums[: len(ids)],
-            loss_tokens=counted if ids else 0,
+            loss_sums=(loss.samples.detach() * batch.weight)[: len(ids)],
+            loss_tokens=loss.count if ids else 0,
             sample_ids=ids,
             sigmas=x.sigma[: len(ids)],
             counted=x.counted(batch.bucket.tokens)[: len(ids)],
@@ -228,8 +228,7 @@ def train_step(
             updates.refuse(state.guard.screen(first, torch.zeros_like(first), kind))
         heart.phase("backward", str(batch.bucket))
         updates.backward(loss / tokens, last=last)
-        sums = parts.samples.detach() * batch.weight
-        micro_steps.append(MicroStep.of(batch, sums, parts.count, x))
+        micro_steps.append(MicroStep.of(batch, parts, x))
         watch.mark()
     heart.phase("update")
     norm = updates.clip(cfg.optimizer.clip_norm)
