@@ -1,8 +1,7 @@
 """Frames that a model may be given, each encoded alone, as the image that a user has.
 
 The VAE normalises over all frames of a clip, so a frame of a clip has other latents than the same
-frame by itself (on the released weights about a third of their spread apart). Only the latter can
-be made from an image, so training uses these too.
+frame by itself. Only the latter can be made from a picture, so training uses these too.
 """
 
 from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ class Schedule(StrEnum):
     """Equal steps."""
     linear_quadratic = "linear_quadratic"
     """Half of the steps for the first 2.5 % of the way, in equal steps, the rest quadratic (Movie
-    Gen, arXiv 2410.13720, section 3.4.2)."""
+    Gen, arXiv 2410.13720)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,8 +8,8 @@
 
 A given frame holds the latents of its picture encoded alone (``data.stills``).
 
-Source: HunyuanVideo (arXiv 2412.03603), section 6.3, for ``concat``; the released image-to-video
-weights for ``token_replace``.
+Source: HunyuanVideo (arXiv 2412.03603) for ``concat``, the released image-to-video weights for
+``token_replace``.
 """
 
 from collections.abc import Sequence

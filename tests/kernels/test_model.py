@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_kernels import dispatch
+from hunyuan_train.memory.tracing import SavedBytes
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.registry import build_model
 
@@ -40,23 +41,27 @@ def tiny_model(form: ImageCondition = ImageCondition.none) -> nn.Module:
     return model
 
 
-def results(
-    model: nn.Module, mode: str, given: torch.Tensor | None = None
-) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Return the output and every gradient, and which fused ops ran."""
+def predict(model: nn.Module, mode: str, given: torch.Tensor | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 2, 4, 6, generator=generator)
     text = torch.randn(2, 5, 24, generator=generator)
     mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
     pooled = torch.randn(2, 8, generator=generator)
-    model.zero_grad()
     dispatch.set_mode(mode)
     try:
-        with dispatch.also_on("cpu"), _Names() as names:
-            out = model(latents, torch.tensor([300.0, 900.0]), text, mask, pooled, None, given)
-            out.square().mean().backward()
+        return model(latents, torch.tensor([300.0, 900.0]), text, mask, pooled, None, given)
     finally:
         dispatch.set_mode("auto")
+
+
+def results(
+    model: nn.Module, mode: str, given: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return the output and every gradient, and which fused ops ran."""
+    model.zero_grad()
+    with dispatch.also_on("cpu"), _Names() as names:
+        out = predict(model, mode, given)
+        out.square().mean().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"output": out.detach(), **grads}, names.seen
 
@@ -76,3 +81,16 @@ def test_output_and_gradients_through_the_kernels_are_those_without(given) -> No
     for name, wanted in plain.items():
         error = (fused[name] - wanted).norm() / wanted.norm().clamp_min(1e-12)
         assert error < 3e-5, name
+
+
+@pytest.mark.kernel
+def test_given_frames_keep_no_more_tensors_of_tokens_for_the_backward() -> None:
+    model, kept = tiny_model(ImageCondition.token_replace), []
+    for given in (None, GIVEN):
+        saved = SavedBytes(model.parameters)
+        with dispatch.also_on("cpu"), saved:
+            predict(model, "on", given)
+        kept.append(saved.take())
+    tokens = 2 * (2 * 2 * 3 + 5) * 32 * 4  # of one tensor of all tokens, in bytes
+    assert kept[0] > 40 * tokens
+    assert kept[1] - kept[0] < 5 * tokens  # 3 blocks with two sets of modulations for 2 samples
