@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hunyuan_train.checkpoint.adapters import MergedSource, adapter_section, write_for_peft
 from hunyuan_train.checkpoint.load import check_identity
 from hunyuan_train.checkpoint.storage import Manifest
 from hunyuan_train.checkpoint.tensor_files import (
@@ -49,6 +50,8 @@ class Layout(StrEnum):
     OFFICIAL = "official"
     OURS = "ours"
     DIFFUSERS = "diffusers"
+    PEFT = "peft"
+    """The adapters of a run alone; written, not read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +95,8 @@ def convert(
 ) -> list[Path]:
     """Convert weights on disk to safetensors and return the files written.
 
+    The adapters of a run (section ``lora``) are added to its weights, or written alone for peft.
+
     Args:
         model: What to convert.
         source_path: File, folder or training checkpoint; see ``open_source``.
@@ -108,6 +113,10 @@ def convert(
     config = model.stored_config(target)
     opened = open_source(source_path, ema=ema)
     check_config(opened, source_path, model, source)
+    if target is Layout.PEFT:
+        return write_for_peft(opened, output, max_shard_bytes)
+    if (lora := adapter_section(opened)) is not None:
+        opened = MergedSource(opened, lora)
     weights = without_prefix(opened, model.config)
     check_source(weights, model.links, source, source_path)
     plan = _target_infos(weights, model.links, source, target)
@@ -131,7 +140,8 @@ def check_config(source: TensorSource, path: Path, model: Convertible, layout: L
     """
     ours = model.stored_config(layout) or {}
     if isinstance(source, CheckpointSource):
-        check_identity(source.folder, Manifest.read(source.folder).identity, ours)
+        stored = Manifest.read(source.folder).identity
+        check_identity(source.folder, {k: v for k, v in stored.items() if k != "lora"}, ours)
     elif (path / "config.json").is_file():
         stored = json.loads((path / "config.json").read_text())
         shared = stored.keys() & ours.keys()

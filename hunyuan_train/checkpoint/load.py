@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hunyuan_train.checkpoint.storage import (
     step_folder,
     step_of,
 )
+from hunyuan_train.models.lora import is_adapter
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,22 @@ def section_to_read(path: Path, stored: Mapping[str, Any], wanted: str) -> str:
     return wanted
 
 
+def members(
+    stored: Mapping[str, Any], section: str, wanted: Collection[str] | None = None
+) -> dict[str, str]:
+    """Return where the tensors of a section are, as {name in the section: stored name}.
+
+    The average of a run with adapters holds these alone. Where more is wanted, or nothing said, the
+    frozen weights are its other tensors.
+    """
+    inside = {n.removeprefix(f"{section}/"): n for n in stored if n.startswith(f"{section}/")}
+    if section != "ema" or not inside or not all(map(is_adapter, inside)):
+        return inside
+    if wanted is not None and inside.keys() >= set(wanted):
+        return inside
+    return members(stored, "model") | inside
+
+
 def open_checkpoint(
     folder: str | Path, ranks: Ranks, *, verify: bool = True
 ) -> tuple[Path, Manifest]:
@@ -263,16 +280,16 @@ def load_weights(
     _inspected(path, ranks, hashes=verify)
     stored = stored_tensors(path)
     which = section_to_read(path, stored, which)
+    found = members(stored, which)
     flat = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(f"{which}/")
+        key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
+        for key in found.values()
     }
     if not flat:
         sections = sorted({name.split("/")[0] for name in stored})
         raise ValueError(f"{path} has no section {which!r}; it has {', '.join(sections)}")
     read_tensors(path, flat, ranks)
-    return {name.removeprefix(f"{which}/"): tensor for name, tensor in flat.items()}
+    return {name: flat[key] for name, key in found.items()}
 
 
 def restore_into(
@@ -310,8 +327,10 @@ def restore_into(
     stored = stored_tensors(path)
     for name, value in tensors.items():
         source = section_to_read(path, stored, (sections or {}).get(name, name))
-        flat = flatten({source: value})
-        chosen = {n: entry for n, entry in stored.items() if n.startswith(f"{source}/")}
+        live = flatten(value)
+        found = members(stored, source, live)
+        flat = {found.get(n, f"{source}/{n}"): tensor for n, tensor in live.items()}
+        chosen = {key: stored[key] for key in found.values()}
         check_tensors(path, chosen, flat, dtypes=False)
         read_tensors(path, flat, ranks)
     return manifest

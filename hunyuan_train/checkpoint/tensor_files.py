@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hunyuan_train.checkpoint.load import (
     find_checkpoint,
+    members,
     read_tensors,
     section_to_read,
     stored_tensors,
@@ -117,19 +118,18 @@ class CheckpointSource:
     def __init__(self, folder: Path, *, ema: bool) -> None:
         self.folder = find_checkpoint(folder)
         stored = stored_tensors(self.folder)
-        wanted = "ema" if ema else "model"
-        self._section = section_to_read(self.folder, stored, wanted) + "/"
+        section = section_to_read(self.folder, stored, "ema" if ema else "model")
+        self._keys = members(stored, section)
         self.infos = {
-            name.removeprefix(self._section): TensorInfo(tuple(e.size), e.properties.dtype)
-            for name, e in stored.items()
-            if name.startswith(self._section)
+            name: TensorInfo(tuple(stored[key].size), stored[key].properties.dtype)
+            for name, key in self._keys.items()
         }
 
     def read(self, key: str) -> Tensor:
         """Return one tensor, assembled from the shards."""
         info = self.infos[key]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        read_tensors(self.folder, {self._section + key: tensor}, Ranks(alone=True))
+        read_tensors(self.folder, {self._keys[key]: tensor}, Ranks(alone=True))
         return tensor
 
 

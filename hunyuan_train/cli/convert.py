@@ -17,7 +17,8 @@ from hunyuan_train.models.vae.state_dict import config_from_released, load_vae_c
 USAGE = """\
 usage: hunyuan-train convert from=LAYOUT to=LAYOUT model=NAME input=PATH output=FOLDER [option=.]
 
-layouts: official (released names), ours (the same names, bare), diffusers
+layouts: official (released names), ours (the same names, bare), diffusers; to=peft writes the
+         adapters of a run with lora.rank alone, all others add them to the weights
 model:   a name in conf/model; vae/NAME of conf/vae; or vae, which is what config.json in the input
          says, and the released one if there is none
 input:   a .safetensors or .pt file, a folder of them, or a run's checkpoint (from=ours)
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     arguments, changes = parse(argv)
     path, source = Path(arguments["input"]), _layout("from", arguments)
+    if source is Layout.PEFT:
+        raise ValueError("from=peft: adapters alone are no model; give the run that made them")
     config = model_config(arguments["model"], changes)
     if arguments["model"] == "vae" and (path / "config.json").is_file():
         config = vae_config_beside(path, source)

@@ -6,6 +6,7 @@ from hunyuan_train.config.curriculum import Carried
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.config import Encode
 from hunyuan_train.models.hunyuan.config import ImageCondition
+from hunyuan_train.parallel.config import ZeroEngine
 
 
 def check_text_width(cfg: RunConfig) -> Iterator[str]:
@@ -67,12 +68,39 @@ def check_distillation(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def check_lora(cfg: RunConfig) -> Iterator[str]:
+    """Adapters wrap whole linears, and nothing else is trained."""
+    rank, parallel = f"lora.rank={cfg.lora.rank}", cfg.parallel
+    if not cfg.lora.rank:
+        return
+    if parallel.tp > 1:
+        yield (
+            f"{rank} wraps whole linears, and parallel.tp={parallel.tp} cuts them; set "
+            "parallel.tp=1 and spread the model with parallel.zero_stage=3 and parallel.cp_ring"
+        )
+    if parallel.zero_engine is ZeroEngine.deepspeed:
+        yield (
+            f"{rank} freezes the weights, and DeepSpeed keeps only what it trains; set "
+            "parallel.zero_engine=torch"
+        )
+    if cfg.memory.compile:
+        yield f"{rank} cannot be compiled; set memory.compile=false"
+    if cfg.optimizer.trainable:
+        yield f"{rank} trains adapters alone; leave optimizer.trainable empty"
+    if cfg.objective.distill:
+        yield (
+            f"{rank} would not train the embedder of the guidance scale, which objective.distill="
+            "true is about; set lora.rank=0"
+        )
+
+
 RULES: list[Callable[[RunConfig], Iterator[str]]] = [
     check_text_width,
     check_latent_channels,
     check_tasks,
     check_warmup,
     check_distillation,
+    check_lora,
 ]
 
 

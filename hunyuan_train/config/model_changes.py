@@ -5,7 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from hunyuan_train.config.curriculum import Transform
+from hunyuan_train.config.root import RunConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
+
+
+def model_identity(cfg: RunConfig) -> dict[str, Any]:
+    """Return what a checkpoint says of its model: its section, and that of its adapters if any."""
+    return asdict(cfg.model) | ({"lora": asdict(cfg.lora)} if cfg.lora.rank else {})
 
 
 def unexplained(

@@ -12,6 +12,7 @@ from hunyuan_train.evaluation.scaling_config import ScalingConfig
 from hunyuan_train.memory.cluster import ClusterConfig
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.lora_config import LoraConfig
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.config import FlowMatchingConfig
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
@@ -27,6 +28,7 @@ class RunConfig:
 
     run: RunSection = field(default_factory=RunSection)
     model: HunyuanConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     vae: VaeConfig
     vae_training: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
     text: TextEncoderConfig

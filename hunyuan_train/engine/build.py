@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.checkpoint.storage import step_of
 from hunyuan_train.checkpoint.tensor_digest import boxes, digest_boxes
 from hunyuan_train.config.compose import config_dict
+from hunyuan_train.config.model_changes import model_identity
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.data import build_loader, open_data, token_limit
 from hunyuan_train.engine.fitting import fit_kernels, fit_memory
 from hunyuan_train.engine.start import start_from
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.teacher import build_teacher
+from hunyuan_train.models.lora import add_adapters, is_adapter, narrow_frozen
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
 from hunyuan_train.optim.ema import Ema
@@ -84,7 +86,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     state = TrainState(
         model=model,
         updates=updates,
-        ema=Ema(model.module, cfg.optimizer, updates.local_weights(), cfg.memory.ema),
+        ema=Ema(model.module, cfg.optimizer, averaged_weights(updates, cfg), cfg.memory.ema),
         loader=loader,
         guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
@@ -111,13 +113,13 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
 def build_checkpoints(cfg: RunConfig) -> CheckpointManager:
     """Return the manager of the checkpoints in ``run.dir``; the model section is their identity."""
     folder = Path(cfg.run.dir) / "checkpoints"
-    return CheckpointManager(folder, cfg.checkpoint, identity=config_dict(cfg.model))
+    return CheckpointManager(folder, cfg.checkpoint, identity=model_identity(cfg))
 
 
 def build_snapshots(cfg: RunConfig, world: World) -> Snapshots:
     """Return the copies of the state in memory; another layout or model cannot use them."""
     states = [cfg.memory.weights, cfg.memory.optimizer_states, cfg.memory.ema]
-    layout = [config_dict(cfg.parallel), config_dict(cfg.model), cfg.stage.name, states]
+    layout = [config_dict(cfg.parallel), model_identity(cfg), cfg.stage.name, states]
     return Snapshots(
         cfg.run.dir,
         cfg.resilience,
@@ -128,10 +130,26 @@ def build_snapshots(cfg: RunConfig, world: World) -> Snapshots:
     )
 
 
+def model_and_rules(cfg: RunConfig) -> tuple[nn.Module, dict[str, InitRule]]:
+    """Return the single-device model without storage, and the rules of its first values."""
+    with torch.device("meta"):
+        module = build_model(cfg.model)
+    rules = init_rules(module)
+    if cfg.lora.rank:
+        rules |= add_adapters(module, cfg.lora)
+        narrow_frozen(module, getattr(torch, cfg.parallel.compute_dtype))
+    return module, rules
+
+
 def build_on_meta(cfg: RunConfig) -> nn.Module:
     """Return the single-device model without storage."""
-    with torch.device("meta"):
-        return build_model(cfg.model)
+    return model_and_rules(cfg)[0]
+
+
+def averaged_weights(updates: Updates, cfg: RunConfig) -> dict[str, Tensor]:
+    """Return the live weights that are averaged: all, or of a model with adapters these alone."""
+    weights = updates.local_weights()
+    return {n: w for n, w in weights.items() if is_adapter(n)} if cfg.lora.rank else weights
 
 
 def lay_out(
@@ -141,10 +159,9 @@ def lay_out(
 
     DeepSpeed allocates for itself; the model it gets has no storage.
     """
-    module = build_on_meta(cfg)
+    module, rules = model_and_rules(cfg)
     if cfg.parallel.compute_dtype == "float64":
         module = module.double()
-    rules = init_rules(module)
     model = parallelize(module, sharding_plan(cfg.model), axes, cfg.parallel, cfg.memory)
     if cfg.parallel.zero_engine is ZeroEngine.torch:
         model.module.to_empty(device=device)
@@ -182,7 +199,7 @@ def restore(run: TrainRun, *, before: int | None = None) -> Restored | None:
 def start_fresh(run: TrainRun) -> None:
     """Put a run that has moved on back to its first step, to the last bit."""
     cfg, state = run.cfg, run.state
-    init_weights(state.updates, init_rules(build_on_meta(cfg)), cfg.run.seed)
+    init_weights(state.updates, model_and_rules(cfg)[1], cfg.run.seed)
     for moments in state.updates.local_moments().values():
         for tensor in moments.values():
             tensor.zero_()

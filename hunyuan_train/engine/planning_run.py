@@ -130,7 +130,8 @@ def layout_of(cfg: RunConfig, world_size: int) -> Layout:
         zero_stage=parallel.zero_stage,
         compute_bytes=_value_bytes(parallel.compute_dtype),
         reduce_bytes=_value_bytes(parallel.reduce_dtype),
-        weight_bytes=int(footprint(cfg).weight),
+        # Adapters are float32 whatever the rest is, so with them fully_shard always casts.
+        weight_bytes=4 if cfg.lora.rank else int(footprint(cfg).weight),
         whole_gradients=several and parallel.reduce_every is not ReduceEvery.micro_step,
     )
 

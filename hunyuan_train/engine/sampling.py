@@ -24,6 +24,7 @@ from hunyuan_train.evaluation.video import (
     write_contact_sheet,
     write_sample,
 )
+from hunyuan_train.models.lora import saved_parameters
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.parallel.apply import ParallelModel, check_sequence
 from hunyuan_train.parallel.config import Offload, ReduceEvery, ZeroEngine
@@ -85,7 +86,8 @@ def load_model(cfg: RunConfig, checkpoint: Path, world: World) -> ParallelModel:
     # Weights are loaded in float32 and narrowed on the way to the device.
     cpu = torch.device("cpu")
     model, rules = lay_out(replace(cfg, parallel=layout), axes, cpu)
-    weights = {n: model.view(n, p.detach()) for n, p in model.module.named_parameters()}
+    named = saved_parameters(model.module)
+    weights = {name: model.view(name, param.detach()) for name, param in named.items()}
     if cfg.sample.weights is SampleWeights.initial:
         init_parameters(weights, rules, cfg.run.seed)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hunyuan_train.checkpoint.load import (
     check_tensors,
     flatten,
+    members,
     open_checkpoint,
     read_tensors,
     section_to_read,
@@ -27,10 +28,11 @@ from hunyuan_train.checkpoint.storage import Manifest
 from hunyuan_train.checkpoint.tensor_files import open_source
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.curriculum import Carried, Transform
-from hunyuan_train.config.model_changes import unexplained
+from hunyuan_train.config.model_changes import model_identity, unexplained
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.state import TrainState, scheduled_rate
 from hunyuan_train.memory.config import StateType
+from hunyuan_train.models.lora import is_adapter
 from hunyuan_train.parallel.view import fill_part
 
 log = logging.getLogger(__name__)
@@ -63,9 +65,16 @@ def start_from(state: TrainState, cfg: RunConfig) -> None:
 def _take_run(state: TrainState, cfg: RunConfig, source: Path) -> None:
     stage, carried = cfg.stage, set(cfg.stage.carry)
     path, manifest = open_checkpoint(source, Ranks())
-    if reasons := unexplained(manifest.identity, config_dict(cfg.model), stage.transform):
+    if "lora" in manifest.identity and not cfg.lora.rank:
+        raise ValueError(
+            f"{path} has adapters beside its weights, and this stage has none; add them up with "
+            "`hunyuan-train convert` and start from that folder, or set lora.rank"
+        )
+    new = "lora" not in manifest.identity
+    now = config_dict(cfg.model) if new else model_identity(cfg)
+    if reasons := unexplained(manifest.identity, now, stage.transform):
         raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(reasons)}")
-    reading = _Reading(path, frozenset(stage.transform))
+    reading = _Reading(path, frozenset(stage.transform), bool(cfg.lora.rank) and new)
     weights = state.weights()
     reading.fill("model" if Carried.weights in carried else "ema", weights["model"])
     if Carried.ema not in carried:
@@ -87,7 +96,7 @@ def _take_run(state: TrainState, cfg: RunConfig, source: Path) -> None:
 def _take_counters(state: TrainState, cfg: RunConfig, manifest: Manifest) -> None:
     """Go on with average, schedule and data where the checkpoint's run was, as far as asked."""
     carried, then = cfg.stage.carry, manifest.extra
-    if Carried.ema in carried:
+    if Carried.ema in carried and (not cfg.lora.rank or "lora" in manifest.identity):
         state.averaged_before = then.get("averaged_before", 0) + then["step"]
     if Carried.schedule in carried:
         state.scheduled_before = then.get("scheduled_before", 0) + then["step"]
@@ -110,6 +119,8 @@ class _Reading:
 
     path: Path
     transforms: frozenset[Transform]
+    new_adapters: bool = False
+    """Whether the model's adapters begin here, so that nothing of them is in the checkpoint."""
 
     def fill(self, section: str, live: Mapping[str, Any]) -> None:
         """Fill tensors by parameter name, or {parameter: {key: tensor}}, from a section.
@@ -119,11 +130,15 @@ class _Reading:
         """
         stored = stored_tensors(self.path)
         section = section_to_read(self.path, stored, section)
-        chosen = {n: entry for n, entry in stored.items() if n.startswith(f"{section}/")}
+        parts = flatten(live)
+        found = members(stored, section, parts)
+        chosen = {key: stored[key] for key in found.values()}
         reads: dict[str, Tensor] = {}
         wider: list[tuple[Tensor, Tensor]] = []
-        for name, part in flatten({section: live}).items():
-            parameter = name.split("/")[1]
+        for inside, part in parts.items():
+            name, parameter = found.get(inside, f"{section}/{inside}"), inside.split("/")[0]
+            if self.new_adapters and is_adapter(parameter):
+                continue
             if Transform.guidance_embed in self.transforms and parameter.startswith(_EMBEDDER):
                 if section != "optimizer":
                     fill_new(parameter, part)
@@ -133,6 +148,8 @@ class _Reading:
                 entry = chosen[name]
                 reads[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
                 wider.append((part, reads[name]))
+        if self.new_adapters and not reads:
+            return
         check_tensors(self.path, chosen, reads, dtypes=False)
         read_tensors(self.path, reads, Ranks())
         for part, whole in wider:
@@ -156,6 +173,8 @@ def _take_folder(state: TrainState, cfg: RunConfig, source: Path) -> None:
     for name, view in views.items():
         if added and name.startswith(added) and name not in tensors.infos:
             continue
+        if is_adapter(name):
+            continue
         if name not in tensors.infos:
             raise ValueError(f"stage.init_from={source} lacks the tensor {name} of this model")
         found, wanted = tuple(tensors.infos[name].shape), tuple(view.shape)
@@ -167,6 +186,8 @@ def _take_folder(state: TrainState, cfg: RunConfig, source: Path) -> None:
                 f"{list(wanted)} in this model; choose the model config it was made with"
             )
     for name, view in views.items():
+        if is_adapter(name):
+            continue
         if name not in tensors.infos:
             fill_new(name, view)
         elif name == INPUT_WEIGHT:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from hunyuan_train.models.lora import saved_parameters
 from hunyuan_train.optim.config import OptimizerConfig
 
 # Device types with a fused AdamW kernel in every supported torch. On 2 CPU cores it takes 15 ms for
@@ -23,7 +24,7 @@ def named_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]
     Raises:
         ValueError: ``model`` has no trainable parameter.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in saved_parameters(model).items() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameter to optimize")
     groups = [

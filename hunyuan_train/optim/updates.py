@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_train.memory.config import MemoryConfig
+from hunyuan_train.models.lora import saved_parameters
 from hunyuan_train.optim.apex import ApexAdamW
 from hunyuan_train.optim.choices import ONE_MICRO_STEP, check_choices
 from hunyuan_train.optim.clip import clip_grad_norm, local_part
@@ -102,7 +103,7 @@ class TorchUpdates:
         self.module = model.module
         self._model, self._parallel = model, parallel
         tp = model.axes.size("tp")
-        self._named = dict(model.module.named_parameters())
+        self._named = saved_parameters(model.module)
         self._cuts = [tp if name in model.slices else 1 for name in self._named]
         # fully_shard averages over its ranks; gradients here are sums.
         self._loss_factor = model.axes.size("grads") if is_sharded(model.module) else 1
