@@ -17,6 +17,7 @@ from hunyuan_train.config.model_changes import model_identity
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.data import build_loader, open_data, token_limit
 from hunyuan_train.engine.fitting import fit_kernels, fit_memory
+from hunyuan_train.engine.footprint import trained_share
 from hunyuan_train.engine.start import start_from
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.teacher import build_teacher
@@ -91,6 +92,7 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         guard=Guard(cfg.resilience),
         skipped_updates=torch.zeros((), device=world.device),
         modes=modes,
+        trained=trained_share(cfg),
         teacher=build_teacher(cfg, axes, world) if cfg.objective.distill else None,
     )
     folder = Path(cfg.run.dir)

@@ -44,6 +44,8 @@ class TrainState:
     """(step, held-out loss) of every evaluation of the stage."""
     modes: Mapping[Bucket, BucketMode] = field(default_factory=dict)
     """What blocks keep of each bucket's micro-batches, as planned for this device; no state."""
+    trained: float = 1.0
+    """Trained parameters over all; no state."""
     teacher: Teacher | None = None
     """Who says what to predict, instead of the data; frozen, so no state."""
 

@@ -149,9 +149,16 @@ class GlobalCounts(NamedTuple):
 
 
 def global_counts(
-    batches: list[Batch], modes: list[BucketMode], cfg: RunConfig, axes: Axes
+    batches: list[Batch],
+    modes: list[BucketMode],
+    cfg: RunConfig,
+    axes: Axes,
+    trained: float = 1.0,
 ) -> GlobalCounts:
-    """Add up the work of a step, whose micro-batches keep their activations as ``modes`` say."""
+    """Add up the work of a step, whose micro-batches keep their activations as ``modes`` say.
+
+    Frozen weights, all but the share ``trained``, have no gradient: one product of three less.
+    """
     ranks, rank = axes.size("dp"), axes.rank("dp")
     # One row per rank, so that one sum also finds a maximum.
     counts = torch.zeros(ranks, 6, dtype=torch.float64)
@@ -159,13 +166,14 @@ def global_counts(
         if not batch.weight:  # only there because other ranks have one more
             continue
         samples, tokens = len(batch.sample_ids), batch.bucket.tokens
-        flops, taught = forward_flops(batch, cfg), teacher_flops(batch, cfg)
+        flops = forward_flops(batch, cfg)
+        other = teacher_flops(batch, cfg) - (1 - trained) * (flops.linear - flops.of_mask)
         computed = flops.computed(
             linear_again=mode.recompute is not Recompute.none,
             attention_again=mode.recompute is Recompute.full,
         )
         counted = loss_tokens(batch, cfg)
-        row = [samples * tokens, counted, samples, flops.training + taught, computed + taught]
+        row = [samples * tokens, counted, samples, flops.training + other, computed + other]
         counts[rank, :5] += torch.tensor(row, dtype=torch.float64)
         counts[rank, 5] = max(counts[rank, 5].item(), tokens)
     counts = axes.sum(counts, "dp")
@@ -204,7 +212,7 @@ def train_step(
         state.modes.get(batch.bucket) or BucketMode.of(cfg.memory, str(batch.bucket))
         for batch in batches
     ]
-    counts = global_counts(batches, modes, cfg, axes)
+    counts = global_counts(batches, modes, cfg, axes, state.trained)
     tokens, kind = counts.loss_tokens, counts.kind
     state.lr = scheduled_rate(state, cfg)
     updates.set_learning_rate(state.lr)

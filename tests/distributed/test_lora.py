@@ -10,6 +10,7 @@ from layout_errors import layout_errors
 from safetensors.torch import load_file
 from tiny_run import MODEL, make_data, overrides, rows
 from torch import nn
+from train_all import train_all
 
 from hunyuan_train.checkpoint.load import load_weights, stored_tensors
 from hunyuan_train.cli import convert
@@ -45,24 +46,6 @@ def test_every_layout_trains_what_one_process_trains(recompute: str) -> None:
         groups = [name for name in errors if name.startswith("gradient ")]
         assert groups
         assert all(".lora_" in group for group in groups), "nothing else has a gradient"
-
-
-def train_all(rank: int, world: int, stages: list[list[str]]) -> list[str]:
-    """Train one config after the other in one process; return what each ended with."""
-    from hunyuan_train.engine.loop import train
-    from hunyuan_train.resilience.preemption import Preemption
-    from hunyuan_train.runtime.dist import World
-
-    here = World(rank=rank, local_rank=rank, size=world, device=torch.device("cpu"))
-    ends = []
-    for fields in stages:
-        try:
-            cfg = compose_config(fields)
-            with Preemption(cfg.resilience) as preemption:
-                ends.append(train(cfg, here, preemption).value)
-        except ValueError as error:
-            ends.append(str(error))
-    return ends
 
 
 def adapters(data: Path, base: Path, run: Path, *extra: str) -> list[str]:

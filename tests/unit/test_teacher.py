@@ -91,8 +91,15 @@ def test_target_is_uncond_plus_w_times_the_difference(tmp_path: Path) -> None:
             assert (wanted - cond).abs().max() > 0.01, "the scale has to matter here"
 
 
-def test_a_student_with_a_silent_embedder_is_the_teacher_at_any_scale(tmp_path: Path) -> None:
-    cfg = config(tmp_path)
+@pytest.mark.parametrize("fields", [
+    [],
+    ["model.image_condition=token_replace", "objective.tasks={text: 0.5, first: 0.5}"],
+    ["model.image_condition=concat", "model.in_channels=33", "objective.tasks={first_last: 1}"],
+])  # fmt: skip
+def test_a_student_with_a_silent_embedder_is_the_teacher_at_any_scale(
+    tmp_path: Path, fields: list[str]
+) -> None:
+    cfg = config(tmp_path, *fields)
     weights = write_weights(cfg, tmp_path)
     teacher = build_teacher(cfg, Axes.alone(), WORLD)
     student = build_model(cfg.model)
@@ -102,6 +109,7 @@ def test_a_student_with_a_silent_embedder_is_the_teacher_at_any_scale(tmp_path: 
     torch.nn.init.zeros_(student.get_parameter("guidance_in.mlp.2.weight"))
     torch.nn.init.zeros_(student.get_parameter("guidance_in.mlp.2.bias"))
     x = inputs(cfg)
+    assert (x.given is not None) == ("token_replace" in "".join(fields))
     with torch.no_grad():
         cond = teacher.module(*replace(x, guidance=None).arguments())
         assert torch.equal(student(*x.arguments()), cond)
