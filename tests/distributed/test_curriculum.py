@@ -123,7 +123,7 @@ def test_killed_twice_and_on_fewer_ranks_it_ends_as_if_it_never_was(
     data: Path, tmp_path: Path
 ) -> None:
     """On two ranks, killed inside a stage and between two, bitwise; the last branch on one rank."""
-    extra = ("stage.steps=12", "checkpoint.every_steps=4", "optimizer.schedule=cosine")
+    extra = ("stage.steps=8", "checkpoint.every_steps=4", "optimizer.schedule=cosine")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
 
     def start(run: Path, *options: str) -> Job:

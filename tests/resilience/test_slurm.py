@@ -148,10 +148,10 @@ def test_chain_is_a_tree_and_drops_what_comes_after_a_failure(
         (name, "done") for name in jobs
     ]
 
-    broken = chain(tmp_path / "broken", "stage.steps=0")
+    broken = chain(tmp_path / "broken", f"data.latents={tmp_path / 'nothing'}")
     first = broken["clips_image"]
     poll("failed", lambda: slurm.field(first, "JobState") == "FAILED")
-    assert "stage.steps=0" in (tmp_path / "clips_image").read_text()
+    assert f"{tmp_path / 'nothing'}" in (tmp_path / "clips_image").read_text()
     assert slurm.field(first, "Restarts") == "0"
     for name in ("clips_video", "other"):
         poll("dropped", lambda name=name: slurm.field(broken[name], "JobState") == "CANCELLED")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filled_states import config, fresh_state, save
 
 from hunyuan_train.cli.main import main
 from hunyuan_train.cli.options import split_options
@@ -16,6 +17,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.config.run import StageConfig
 from hunyuan_train.engine.curriculum import (
     _claim,
+    _finish,
     compose_stages,
     curriculum_changes,
     identity_fields,
@@ -228,6 +230,23 @@ def test_entries_of_a_table_belong_to_the_identity() -> None:
 def test_a_stage_waits_for_the_one_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage two comes after one, which is not finished in"):
         claimed(tmp_path, chosen=("two", "end"))
+
+
+def test_a_stage_whose_last_save_failed_is_not_finished(tmp_path: Path) -> None:
+    cfg = config(f"run.dir={tmp_path / 'stages/01-one'}", "stage.steps=10")
+    with changing(tmp_path) as ledger:
+        ledger.stages["one"] = StageRecord(folder="stages/01-one", attempts=[[1.0, 1.0]])
+    state = fresh_state(cfg)
+    for step in (4, 10):
+        with pytest.raises(
+            ValueError, match="stage one left no checkpoint of its end; see the log"
+        ):
+            _finish(tmp_path, "one", cfg)
+        state.step, state.samples = step, 3 * step
+        save(state, cfg, Path(cfg.run.dir))
+    record = _finish(tmp_path, "one", cfg).stages["one"]
+    assert record.checkpoint == "stages/01-one/checkpoints/step-00000010"
+    assert (record.steps, record.samples, record.ended_by) == (10, 30, "steps")
 
 
 def test_a_dry_run_needs_neither_gpu_nor_data(
