@@ -14,7 +14,10 @@ from hunyuan_train.resilience.supervisor import Launch, Supervisor
 WATCHED = ("train", "curriculum")
 """Verbs whose ranks write heartbeats in lockstep; a watchdog would take the others for hung."""
 
-PRELOAD = ("hunyuan_train.data.table", "torch.utils.tensorboard")
+PRELOAD = (
+    "hunyuan_train.cli.train", "hunyuan_train.engine.curriculum", "hunyuan_train.data.table",
+    "torch.utils.tensorboard",
+)  # fmt: skip
 """What those verbs import late; without it every rank would at every restart."""
 
 OWN_SECTION = "launch."
