@@ -7,7 +7,7 @@ from hunyuan_train.resilience.crashes import record_crash
 
 VERBS = {
     "train": "train one stage; under torchrun on every rank",
-    "curriculum": "run the stages of conf/curriculum one after the other",
+    "curriculum": "run the stages of conf/curriculum, each after the one it needs",
     "train-vae": "train a VAE on the clips of data.source, into run.vae",
     "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",

@@ -71,7 +71,7 @@ class CurriculumPlan:
 
     def __str__(self) -> str:
         """Return the table."""
-        lines = [_HEAD]
+        lines: list[tuple[str, ...]] = [_HEAD]
         for stage in self.stages:
             steps = f"{'<= ' if stage.at_most else ''}{stage.steps:,}"
             lines.append(
