@@ -1,8 +1,8 @@
 """Kill a curriculum at seeded times, start it again, and compare all of its weights.
 
 A tiny curriculum with branches (one carries everything, one gains a guidance embedder) runs once
-undisturbed and then once per kill: SIGKILL to all its processes at a time drawn uniformly from its
-course, between stages too, then the same command to the end. Every tensor of every stage (weights,
+undisturbed and then once per kill: SIGKILL to all its processes at a time drawn from its course (one
+in each of as many equal parts), then the same command to the end. Every tensor of every stage (weights,
 average, moments) has to be the same to the last bit, and every row of metrics.
 
     python benchmarks/curriculum_kills.py
@@ -11,6 +11,7 @@ average, moments) has to be the same to the last bit, and every row of metrics.
 
 import argparse
 import json
+import math
 import platform
 import random
 import sys
@@ -73,6 +74,31 @@ def place(run: Path) -> str:
     return f"after {sum(record.state is Status.done for record in stages.values())} stages"
 
 
+def moment(straight: Path, share: float) -> tuple[str, float]:
+    """Return the stage, and the seconds after its begin, at a share of the undisturbed course."""
+    stages = Ledger.read(straight).stages
+    first = min(record.started for record in stages.values())
+    time_s = first + share * (max(record.ended for record in stages.values()) - first)
+    begun = {n: record.started for n, record in stages.items() if record.started <= time_s}
+    name = max(begun, key=lambda stage: begun[stage])
+    return name, time_s - begun[name]
+
+
+class Reached:
+    """True from so many seconds after a stage has begun."""
+
+    def __init__(self, run: Path, stage: str, after_s: float) -> None:
+        self._run, self._stage, self._after_s = run, stage, after_s
+        self._begun = math.inf
+
+    def __call__(self) -> bool:
+        if self._begun == math.inf and (self._run / LEDGER_NAME).is_file():
+            record = Ledger.read(self._run).stages[self._stage]
+            if record.state is not Status.waiting:
+                self._begun = time.monotonic()
+        return time.monotonic() >= self._begun + self._after_s
+
+
 def measure(data: Path, folder: Path, ranks: int, kills: int, draws: random.Random) -> dict:
     """Kill ``kills`` runs of a number of ranks and compare each."""
     straight = folder / f"straight-{ranks}"
@@ -82,16 +108,15 @@ def measure(data: Path, folder: Path, ranks: int, kills: int, draws: random.Rand
     whole_s = time.monotonic() - started
     wanted = outcome(straight)
     places: Counter[str] = Counter()
-    same, slowest = 0, whole_s
+    same = 0
     for number in range(kills):
+        background = number % IN_BACKGROUND == 1
         for attempt in range(TRIES):
             run = folder / f"{ranks}-{number}-{attempt}"
-            background = number % IN_BACKGROUND == 1
-            end = time.monotonic() + draws.uniform(0.05, 1.0) * slowest
+            stage, after_s = moment(straight, (number + draws.random()) / kills)
             job = start(data, run, ranks, background=background)
-            if job.kill_when(lambda end=end: time.monotonic() >= end):
+            if job.kill_when(Reached(run, stage, after_s)):
                 break
-            slowest *= 0.9
         else:
             raise AssertionError(f"{TRIES} runs ended before they could be killed")
         places[place(run)] += 1
