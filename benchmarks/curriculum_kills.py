@@ -1,9 +1,9 @@
 """Kill a curriculum at seeded times, start it again, and compare all of its weights.
 
 A tiny curriculum with branches (one carries everything, one gains a guidance embedder) runs once
-undisturbed and then once per kill: SIGKILL to all its processes at a time drawn from its course (one
-in each of as many equal parts), then the same command to the end. Every tensor of every stage (weights,
-average, moments) has to be the same to the last bit, and every row of metrics.
+undisturbed and then once per kill: SIGKILL to all its processes at a time drawn from its course,
+one in each of as many equal parts, then the same command to the end. Every tensor of every stage
+(weights, average, moments) has to be the same to the last bit, and every row of metrics.
 
     python benchmarks/curriculum_kills.py
     python benchmarks/curriculum_kills.py --ranks 1 --kills 3 --seed 7
