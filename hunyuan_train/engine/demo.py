@@ -20,7 +20,7 @@ from hunyuan_train.data.shapes import (
     draw_clip,
     held_out_prompts,
 )
-from hunyuan_train.engine.demo_stages import every_stage_fields
+from hunyuan_train.engine.demo_stages import every_stage_fields, stage_scores
 from hunyuan_train.engine.embedded_data import Stopwatch, make_data
 from hunyuan_train.engine.reporting import (
     data_tables,
@@ -29,7 +29,12 @@ from hunyuan_train.engine.reporting import (
     sample_grid,
     vae_curves,
 )
-from hunyuan_train.engine.story import evaluation_tables, opening_tables, progress_grids
+from hunyuan_train.engine.story import (
+    evaluation_tables,
+    opening_tables,
+    progress_grids,
+    stage_folders,
+)
 from hunyuan_train.evaluation.prompt_following import chance_scores, score_video, score_videos
 from hunyuan_train.evaluation.report import Report, write_report
 from hunyuan_train.evaluation.video import read_video
@@ -73,9 +78,9 @@ def run_demo(cfg: RunConfig, arguments: Sequence[str]) -> Path:
     watch = Stopwatch(folder / "seconds.json")
     with PeakTreeMemory(os.getpid()) as memory:
         data = make_data(cfg, arguments, watch)
-        if demo.every_stage:
-            data += every_stage_fields(cfg, arguments, data, prompts, watch)
         fields = [*arguments, *data]
+        if demo.every_stage:
+            fields += every_stage_fields(cfg, fields, prompts, watch)
         watch.run("train the curriculum", lambda: run_ranks("curriculum", fields, demo.ranks))
         watch.run("sample", lambda: sample("ema"))
         watch.run("sample the untrained model", lambda: sample("initial"))
@@ -95,6 +100,8 @@ def _write_scores(cfg: RunConfig, folder: Path, prompts: list[str]) -> None:
         "ceiling": score_ceiling(cfg, folder / "vae", prompts),
         "chance": chance_scores(),
     }
+    if cfg.demo.every_stage:
+        scores["stages"] = stage_scores(stage_folders(folder))
     (folder / SCORES_NAME).write_text(json.dumps(scores, indent=2))
 
 

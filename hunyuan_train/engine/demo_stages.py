@@ -65,17 +65,12 @@ def still(prompt: str) -> str:
     return Combination(combo.colour, combo.shape).caption
 
 
-def every_stage_fields(
-    cfg: RunConfig, arguments: Sequence[str], data: Sequence[str], prompts: Sequence[str],
-    watch: Stopwatch,
-) -> list[str]:  # fmt: skip
-    """Make the held-out clips and prompts; return the overrides that have every stage use them.
+def held_out_latents(cfg: RunConfig, fields: Sequence[str], watch: Stopwatch) -> Path:
+    """Draw clips and images that are not trained on, encode them, and return their folder.
 
     Args:
         cfg: Config of the demo.
-        arguments: The overrides it was composed from.
-        data: The overrides that name its data and VAE.
-        prompts: Captions that training never shows.
+        fields: The overrides it was composed from, and those that name its data and VAE.
         watch: What times the parts.
     """
     folder, demo = Path(cfg.run.dir), cfg.demo
@@ -84,22 +79,36 @@ def every_stage_fields(
     def encode() -> None:
         images = demo.num_held_out // 2
         write_shapes_dataset(clips, demo.num_held_out, images, cfg.run.seed + _HELD_OUT_SEED)
-        own = [*arguments, *data, f"data.source={clips}", f"data.latents={latents}"]
+        own = [*fields, f"data.source={clips}", f"data.latents={latents}"]
         run_ranks("precompute", own, demo.ranks)
 
     watch.run("encode held-out clips", encode)
-    fields = [
+    return latents
+
+
+def every_stage_fields(
+    cfg: RunConfig, fields: Sequence[str], prompts: Sequence[str], watch: Stopwatch
+) -> list[str]:
+    """Make held-out clips and prompts; return the overrides that have every stage use them.
+
+    Args:
+        cfg: Config of the demo.
+        fields: The overrides it was composed from, and those that name its data and VAE.
+        prompts: Captions that training never shows.
+        watch: What times the parts.
+    """
+    found = [
         f"evaluation.every_steps={_EVERY}",
-        f"evaluation.latents={latents}",
+        f"evaluation.latents={held_out_latents(cfg, fields, watch)}",
         f"evaluation.sample_every={_AFTER_LAST}",
         "evaluation.prompts=[a]",
     ]
-    stages = compose_stages([*arguments, *data, *fields], cfg)
+    stages = compose_stages([*fields, *found], cfg)
     for name, stage in stages.items():
-        path = stage_prompts(cfg, stage, prompts, folder / "prompts").absolute()
+        path = stage_prompts(cfg, stage, prompts, Path(cfg.run.dir) / "prompts").absolute()
         own = f"['evaluation.prompts=[]','evaluation.prompts_file={path}']"
-        fields.append(f"curriculum.stages.{name}.overrides={own}")
-    return fields
+        found.append(f"curriculum.stages.{name}.overrides={own}")
+    return found
 
 
 def last_samples(stage: Path) -> list[tuple[str, Path]]:
