@@ -30,7 +30,7 @@ RECIPE = "recipe=demo_full"
 KEPT, LOST = 0.03, 3.0
 """Largest share that the mixed stage may lose, and how much more the switch has to."""
 GRAPH = [
-    "curriculum.stages={}",
+    "curriculum=none",
     "curriculum.stages.low.stage=demo_image",
     "curriculum.stages.mixed.stage=demo_image_mixed",
     "curriculum.stages.mixed.after=low",
