@@ -1,6 +1,6 @@
 # make setup   a virtual environment with everything, CPU build of torch, pinned
 # make demo    the whole job at tiny scale: data, VAE, curriculum, samples, report
-# make test    all tests that need no GPU
+# make test    the tests that need no GPU
 # make test-all   the same, the slowest also with further layouts and values
 # make chaos   half an hour of real runs with every fault, and what each of them cost
 # make bench-gpu  every figure of one GPU, a JSON line each (docs/performance.md)

@@ -13,7 +13,7 @@ from hunyuan_kernels import dispatch
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.data import largest_batch
-from hunyuan_train.engine.planning_run import check_fits, modes_allowed
+from hunyuan_train.engine.planning_run import check_fits
 from hunyuan_train.memory.config import AttentionKernel
 from hunyuan_train.memory.recompute import BucketMode
 from hunyuan_train.parallel.attention_choice import (
@@ -50,13 +50,7 @@ def fit_memory(
     here = Machine.here(world.device, read_launch_env().local_world_size)
     least = min(gather_objects(here), key=lambda machine: machine.memory_bytes)
     largest = {bucket: largest_batch(bucket, tokens, cfg.data) for bucket in buckets}
-    try:
-        modes = check_fits(cfg, world.size, least, largest)
-    except ValueError as error:
-        if cfg.memory.check_fit:
-            raise
-        log.warning("memory.check_fit=false, so this run starts although %s", error)
-        modes = {bucket: modes_allowed(cfg.memory, str(bucket))[-1] for bucket in buckets}
+    modes = check_fits(cfg, world.size, least, largest)
     counts = Counter(
         f"{mode.recompute.value}{' and offload' if mode.offload else ''}" for mode in modes.values()
     )

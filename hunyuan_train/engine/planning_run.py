@@ -5,6 +5,7 @@ to read the answer.
 """
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from hunyuan_train.runtime.device import Machine
 
 if TYPE_CHECKING:
     from hunyuan_train.engine.plan_report import RunPlan
+
+log = logging.getLogger(__name__)
 
 
 def plan_run(cfg: RunConfig) -> "RunPlan":
@@ -152,6 +155,7 @@ def check_fits(
 
     Raises:
         ValueError: a bucket does not fit; the message names its size and the nearest that does.
+            With ``memory.check_fit=false`` it is a warning, and the bucket keeps what it must.
     """
     options = search_options(cfg, len(buckets))
     planner = _planner_here(cfg, world_size, device, options)
@@ -170,7 +174,11 @@ def check_fits(
             )
             free = _planner_here(cfg, world_size, device, options)
             least = min(points.values(), key=lambda point: point.memory.total)
-            raise ValueError(_too_large(cfg, free, least, bucket, buckets, device.memory_bytes))
+            problem = _too_large(cfg, free, least, bucket, buckets, device.memory_bytes)
+            if cfg.memory.check_fit:
+                raise ValueError(problem)
+            log.warning("memory.check_fit=false, so this run starts although %s", problem)
+            mode = list(points)[-1]
         found[bucket] = mode
     if cfg.parallel.zero_engine is ZeroEngine.deepspeed and cfg.parallel.zero_stage == 3:
         # Its gathers depend on the mode, so that of the bucket that needs most is that of all.

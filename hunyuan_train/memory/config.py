@@ -77,8 +77,8 @@ class MemoryConfig:
     """Recompute of single buckets, like {129x720x1280: full}; wins over recompute."""
 
     check_fit: bool = True
-    """Refuse buckets that by the estimate do not fit; false warns, and keeps as little of every
-    bucket as recompute and offload allow."""
+    """Refuse buckets that by the estimate do not fit; false warns, and keeps as little of them as
+    recompute and offload allow."""
 
     offload: Switch = Switch.off
     """Move what selective and full recompute keep to the host between forward and backward; auto

@@ -16,6 +16,7 @@ from hunyuan_train.engine import fitting
 from hunyuan_train.engine.fitting import ATTENTION_NAME, fit_kernels, fit_memory
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.parallel.attention_choice import AttentionChoice, AttentionInputs, use_attention
+from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.runtime.device import Machine
 from hunyuan_train.runtime.dist import World
 
@@ -110,5 +111,7 @@ def test_recompute_follows_the_memory_that_is_here(
     with pytest.raises(ValueError, match=r"bucket 129x720x1280 with 1 samples needs .* GiB"):
         modes(0.125)
     cfg.memory.check_fit = False
-    assert set(modes(0.125).values()) == {Recompute.full}
+    assert modes(0.125) == {BUCKETS[0]: Recompute.none, big: Recompute.full}
     assert "this run starts although bucket 129x720x1280" in caplog.text
+    cfg.parallel.zero_engine, cfg.parallel.zero_stage = ZeroEngine.deepspeed, 3
+    assert set(modes(0.125).values()) == {Recompute.full}, "its gathers depend on the mode"
