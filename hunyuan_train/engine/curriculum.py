@@ -23,7 +23,7 @@ from hunyuan_train.engine.ledger import (
     stage_folder,
     write_json,
 )
-from hunyuan_train.engine.loop import FREE_TO_CHANGE, Outcome, train
+from hunyuan_train.engine.loop import Outcome, free_to_change, train
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, gather_objects
 
@@ -170,9 +170,9 @@ def _claim(
 
 def identity_fields(cfg: RunConfig, stages: Mapping[str, RunConfig]) -> dict[str, Any]:
     """Return all that decides the numbers of a curriculum: {stage: {section.field: value}}."""
-    free = (*FREE_TO_CHANGE, *_OWN)
     fields: dict[str, Any] = {}
     for name, stage in stages.items():
+        free = (*free_to_change(stage), *_OWN)
         flat = {
             f"{section}.{field}": value
             for section, values in config_dict(stage).items()

@@ -61,6 +61,19 @@ FREE_TO_CHANGE = (
     ),
 )  # fmt: skip
 """Fields a resumed run may change: they do not touch the numbers it computes, save for rounding."""
+_SHOWN = ("sample_every", "prompts", "max_pending")
+"""Fields of `evaluation` that decide about samples alone."""
+
+
+def free_to_change(cfg: RunConfig) -> tuple[str, ...]:
+    """Return what a resumed run may change, as starts of dotted fields.
+
+    Where the held-out loss ends the stage (`stage.plateau`), how it is measured is not among them.
+    """
+    if not cfg.stage.plateau:
+        return FREE_TO_CHANGE
+    shown = tuple(f"evaluation.{name}" for name in _SHOWN)
+    return (*(field for field in FREE_TO_CHANGE if field != "evaluation."), *shown)
 
 
 class Outcome(enum.Enum):
@@ -146,9 +159,8 @@ def claim_folder(cfg: RunConfig, world: World) -> None:
         ranks = world.size // (cfg.parallel.tp * cfg.parallel.cp)
         cfg.data.planned_ranks = then.data.planned_ranks if then else ranks
     if then is not None:
-        changes = [
-            line for line in config_difference(then, cfg) if not line.startswith(FREE_TO_CHANGE)
-        ]
+        free = free_to_change(cfg)
+        changes = [line for line in config_difference(then, cfg) if not line.startswith(free)]
         if changes and not cfg.run.accept_changes:
             raise ValueError(
                 f"{path} is the config of another run:\n  "

@@ -1,6 +1,5 @@
 """Training runs as users start them: killed and resumed, on one rank and on two."""
 
-import os
 import signal
 import subprocess
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Job
 from tiny_run import command, make_data, overrides, rows, run_verb
 
 from hunyuan_train.checkpoint.load import load_weights
@@ -32,21 +32,13 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kill_after_step(arguments: list[str], ranks: int, run: Path, step: int) -> None:
     """Start training and kill all its processes with SIGKILL once it has logged ``step``."""
-    process = subprocess.Popen(
-        command("train", arguments, ranks),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
     metrics = run / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if metrics.exists() and any(f'"step": {step}' in line for line in metrics.open()):
-            break
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
+
+    def logged() -> bool:
+        return metrics.exists() and any(f'"step": {step}' in line for line in metrics.open())
+
+    job = Job("train", arguments, ranks, run.parent / "broken-log")
+    assert job.kill_when(logged), "the run ended before it could be killed"
 
 
 @pytest.mark.dist

@@ -1,11 +1,7 @@
 """A run whose loss jumps goes back, leaves the samples out for good, and goes on."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import run_distributed
-from tiny_run import command, make_data, overrides, rows
+from tiny_run import make_data, overrides, rows
 
 from hunyuan_train.checkpoint.storage import Manifest, step_folder
 from hunyuan_train.config.compose import compose_config
@@ -104,16 +100,8 @@ def test_poison_is_left_out_for_good_also_after_a_kill_and_on_other_ranks(
 ) -> None:
     samples = spoilt.samples
     arguments = [*spoilt.arguments, f"run.dir={tmp_path}", f"stage.steps={2 * LAST}"]
-    job = subprocess.Popen(
-        command("train", arguments, 2), start_new_session=True, text=True, stderr=subprocess.PIPE
-    )
-    until = time.monotonic() + 200
-    while not step_folder(tmp_path / "checkpoints", 40).is_dir():
-        assert job.poll() is None, job.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
+    job = Job("train", arguments, 2, tmp_path / "killed")
+    assert job.kill_when(lambda: step_folder(tmp_path / "checkpoints", 40).is_dir())
     assert run_distributed(_train_all, 1, [arguments]) == [[""]]
     (event,) = refusals(tmp_path)
     assert (event["action"], event["step"]) == ("rewind", spoilt.step)

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "hunyuan_train.cli.main", "hunyuan_train.engine.curriculum"]
+PRELOAD = [
+    "torch", "torch.distributed", "hunyuan_train.cli.main", "hunyuan_train.engine.curriculum",
+]  # fmt: skip
 
 
 def _rank(verb: str, arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:

@@ -32,3 +32,17 @@ def test_a_change_of_the_updates_is_refused_whatever_the_ranks(tmp_path: Path, c
         with pytest.raises(ValueError, match=change.split("=")[0]):
             claim(tmp_path, ranks, change)
     claim(tmp_path, 4, change, "run.accept_changes=true")
+
+
+def test_how_the_held_out_loss_is_measured_may_change_unless_it_ends_the_stage(
+    tmp_path: Path,
+) -> None:
+    measured = ("evaluation.latents=held-out", "evaluation.every_steps=10")
+    shown = "evaluation.sample_every=7"
+    claim(tmp_path / "steps", 1, *measured)
+    claim(tmp_path / "steps", 1, "evaluation.every_steps=20", measured[0], shown)
+    claim(tmp_path / "plateau", 1, *measured, "stage.plateau=3")
+    claim(tmp_path / "plateau", 1, *measured, "stage.plateau=3", shown)
+    for change in ("every_steps=20", "samples_per_bucket=9"):
+        with pytest.raises(ValueError, match=f"evaluation.{change.split('=')[0]}"):
+            claim(tmp_path / "plateau", 1, *measured, "stage.plateau=3", f"evaluation.{change}")
