@@ -38,7 +38,7 @@ def test_how_the_held_out_loss_is_measured_may_change_unless_it_ends_the_stage(
     tmp_path: Path,
 ) -> None:
     measured = ("evaluation.latents=held-out", "evaluation.every_steps=10")
-    shown = "evaluation.sample_every=7"
+    shown = "evaluation.max_pending=3"
     claim(tmp_path / "steps", 1, *measured)
     claim(tmp_path / "steps", 1, "evaluation.every_steps=20", measured[0], shown)
     claim(tmp_path / "plateau", 1, *measured, "stage.plateau=3")
