@@ -1,5 +1,6 @@
 # make setup   a virtual environment with everything, CPU build of torch, pinned
 # make demo    the whole job at tiny scale: data, VAE, curriculum, samples, report
+# make demo-full  the same with fine-tuning, image to video, portraits and distillation, every stage sampled
 # make test    the tests that need no GPU
 # make test-all   the same, the slowest also with further layouts and values
 # make chaos   half an hour of real runs with every fault, and what each of them cost
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # The demo and the tests start hundreds of processes: each would compile our own files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all chaos lint types arch test-gpu docs ci bench-all bench-gpu
+.PHONY: setup demo demo-full test test-all chaos lint types arch test-gpu docs ci bench-all bench-gpu
 
 setup: $(STAMP)
 
@@ -25,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/hunyuan-train demo run.dir=runs/demo $(ARGS)
+
+demo-full: $(STAMP)
+	$(BIN)/hunyuan-train demo recipe=demo_full run.dir=runs/demo-full $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not multigpu and not chaos and not again" $(ARGS)

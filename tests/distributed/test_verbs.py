@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import MODEL, make_data, overrides, rows, run_verb
+from tiny_run import MODEL, make_data, overrides, rows, run_command
 
 from hunyuan_train.checkpoint.load import load_weights
 from hunyuan_train.cli.main import main
@@ -31,20 +31,20 @@ def curriculum(data: Path, run: Path, *extra: str) -> list[str]:
 @pytest.mark.slow
 def test_curriculum_samples_and_report_on_two_ranks(data: Path, tmp_path: Path) -> None:
     arguments = curriculum(data, tmp_path)
-    first = run_verb("curriculum", arguments, ranks=2)
+    first = run_command("curriculum", arguments, ranks=2)
     assert first.returncode == 0, first.stderr
     stages = sorted((tmp_path / "stages").iterdir())
     assert [stage.name for stage in stages] == ["01-demo_image", "02-demo_video_short"]
     assert len(rows(stages[0])) == len(rows(stages[1])) == 6
 
     before = (stages[1] / "metrics.jsonl").read_bytes()
-    again = run_verb("curriculum", arguments, ranks=2)
+    again = run_command("curriculum", arguments, ranks=2)
     assert again.returncode == 0, again.stderr
     assert (stages[1] / "metrics.jsonl").read_bytes() == before, "finished stages ran again"
 
     size = ["sample.frames=5", "sample.height=64", "sample.width=64", "sample.steps=2"]
     prompts = ['sample.prompts=["a red circle", "a blue square"]']
-    sampled = run_verb("sample", [f"run.dir={tmp_path}", *size, *prompts], ranks=2)
+    sampled = run_command("sample", [f"run.dir={tmp_path}", *size, *prompts], ranks=2)
     assert sampled.returncode == 0, sampled.stderr
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["000-0.mp4", "001-0.mp4", "contact_sheet.png", "prompts.json"]

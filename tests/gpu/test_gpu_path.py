@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_data, overrides, rows, run_verb
+from tiny_run import make_data, overrides, rows, run_command
 
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
@@ -46,7 +46,7 @@ def test_model_on_the_gpu_agrees_with_the_cpu() -> None:
 def test_short_run_trains_and_resumes(tmp_path: Path, dtype: str) -> None:
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     extra = ["run.device=cuda", f"parallel.compute_dtype={dtype}", "checkpoint.every_steps=3"]
-    done = run_verb("train", overrides(data, run, *extra))
+    done = run_command("train", overrides(data, run, *extra))
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in rows(run)]
     assert len(losses) == 6

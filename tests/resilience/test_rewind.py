@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import run_distributed
+from forked import Job
 from tiny_run import make_data, overrides, rows
 
 from hunyuan_train.checkpoint.storage import Manifest, step_folder

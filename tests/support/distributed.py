@@ -1,7 +1,7 @@
 """Run a function in several processes that form a gloo group.
 
-The processes are forked from a server that has imported torch once, so a job of four ranks starts
-in about half a second. They find each other through a file, so no port can be taken.
+The processes are forked from a server that has imported torch and our code once, so a job of four
+ranks starts in about half a second. They find each other through a file, so no port can be taken.
 """
 
 import multiprocessing as mp
@@ -15,14 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = [
-    "pytest",
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.distributed.checkpoint",
-    "distributed",
-]
+from forked import PRELOAD
 
 
 class RankError(AssertionError):
@@ -70,7 +63,7 @@ def run_distributed(
     first rank that raises ends the others, and its traceback is raised here as :class:`RankError`.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store_file = str(Path(folder) / "store")

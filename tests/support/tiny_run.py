@@ -1,11 +1,13 @@
 """A real but tiny run for tests: generated clips, a small VAE, a latent store, overrides."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess, run
+from tempfile import TemporaryDirectory
 
 import torch
+from forked import Job
 
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.data.shapes import write_shapes_dataset
@@ -80,11 +82,20 @@ def command(verb: str, arguments: list[str], ranks: int = 1) -> list[str]:
     return [*start, "-m", "hunyuan_train", verb, *arguments]
 
 
-def run_verb(verb: str, arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end and return what it printed."""
-    return subprocess.run(
+def run_command(verb: str, arguments: list[str], ranks: int = 1) -> CompletedProcess[str]:
+    """Run a verb as users do, by the interpreter or torchrun, and return what it printed."""
+    return run(
         command(verb, arguments, ranks), capture_output=True, text=True, timeout=240, check=False
     )
+
+
+def run_verb(verb: str, arguments: list[str], ranks: int = 1) -> CompletedProcess[str]:
+    """Run a verb's ranks to their end, started in a moment, and return what they printed."""
+    with TemporaryDirectory() as folder:
+        job = Job(verb, arguments, ranks, Path(folder) / "log")
+        code = job.end(240)
+        said = job.said()
+    return CompletedProcess([verb, *arguments], code, said, said)
 
 
 def rows(run: Path) -> list[dict[str, float]]:
