@@ -289,8 +289,8 @@ def expected(layout: Layout) -> Traffic:
     if parallel.tp > 1 or parallel.zero_stage > 0:
         traffic["all_reduce", FLOAT] += 1  # the gradient norm
     if layout.dp > 1:
-        # A row per rank: tokens, samples, FLOPs twice and the largest sample of the step.
-        traffic["all_reduce", layout.dp * 5 * 8] += 1
+        # A row per rank: tokens, those of the loss, samples, FLOPs twice, the largest sample.
+        traffic["all_reduce", layout.dp * 6 * 8] += 1
         traffic["all_reduce", FLOAT] += 1  # the loss, to show
     if layout.world > layout.dp:
         traffic["all_reduce", FLOAT] += 1  # the loss again: all ranks judge it alike
