@@ -9,7 +9,6 @@
     python benchmarks/full_demo.py --run runs/demo-full      (makes the run if it is missing)
 """
 
-import argparse
 import json
 import math
 import platform
@@ -20,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from _demo import demo_fields, parse
 from torch import Tensor, nn
 
 from hunyuan_train.checkpoint.load import find_checkpoint
@@ -227,17 +227,16 @@ def schedules(folder: Path, prompts: list[str], few: int, many: int) -> Figures:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", default="runs/demo-full", type=Path)
-    parser.add_argument("--quick", action="store_true", help="fewer prompts and steps")
-    options = parser.parse_args()
-    run_ranks("demo", ["recipe=demo_full", f"run.dir={options.run}"], 1)  # skips what is done
-    folders = stage_folders(options.run)
-    prompts = held_out_prompts()[: 4 if options.quick else 16]
-    figures = following(folders)
-    figures |= distillation(folders, prompts, 4 if options.quick else 16)
-    figures |= image_to_video(folders)
-    figures |= schedules(folders[TEACHER], prompts, 10, 20 if options.quick else 100)
+    options = parse("What the stages of the full demo come to.")
+    prompts = held_out_prompts()[: 2 if options.quick else 16]
+    with demo_fields(options) as (run, fields):
+        run_ranks("demo", fields, 1)  # skips what is done
+        folders = stage_folders(run)
+        figures = following(folders)
+        figures |= distillation(folders, prompts, 2 if options.quick else 16)
+        figures |= image_to_video(folders)
+        few, many = (2, 4) if options.quick else (10, 100)
+        figures |= schedules(folders[TEACHER], prompts, few, many)
     machine = {"device": platform.machine(), "threads": torch.get_num_threads()}
     machine |= {"torch": torch.__version__}
     print(json.dumps({"benchmark": "full_demo", "machine": machine, "figures": figures}))

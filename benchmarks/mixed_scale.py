@@ -8,13 +8,13 @@ pixels, before and after, at the same noise (the paper's claim for 256 and 512 p
     python benchmarks/mixed_scale.py --run runs/demo-full      (its data are used, or made there)
 """
 
-import argparse
 import json
 import platform
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from _demo import demo_fields, parse
 
 from hunyuan_train.checkpoint.load import find_checkpoint
 from hunyuan_train.config.compose import CONFIG_NAME, compose_config, load_config
@@ -26,7 +26,6 @@ from hunyuan_train.engine.story import stage_folders
 from hunyuan_train.runtime.dist import close_world, init_world
 from hunyuan_train.runtime.processes import run_ranks
 
-RECIPE = "recipe=demo_full"
 KEPT, LOST = 0.03, 3.0
 """Largest share that the mixed stage may lose, and how much more the switch has to."""
 GRAPH = [
@@ -62,23 +61,21 @@ def loss_at(stage: Path, latents: Path, anchor: int) -> float:
     return loss
 
 
-def main() -> None:
-    """Train both ways, measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", default="runs/demo-full", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the updates")
-    options = parser.parse_args()
-    base = [RECIPE, f"run.dir={options.run}"]
-    cfg = compose_config(base)
-    options.run.mkdir(parents=True, exist_ok=True)
-    watch = Stopwatch(options.run / "seconds.json")
-    data = make_data(cfg, base, watch)
-    latents = held_out_latents(cfg, [*base, *data], watch)
-    folder = options.run / ("mixed-scale-quick" if options.quick else "mixed-scale")
-    steps = ["stage.steps=40"] if options.quick else []
-    fields = [RECIPE, *data, *GRAPH, *steps, f"run.dir={folder}", "curriculum.name=mixed_scale"]
-    run_ranks("curriculum", fields, cfg.demo.ranks)
-    stages = stage_folders(folder)
+def train_both(run: Path, fields: list[str]) -> tuple[dict[str, Path], Path]:
+    """Train both ways on the data of the demo; return the stages and the held-out latents."""
+    cfg = compose_config(fields)
+    run.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch(run / "seconds.json")
+    data = make_data(cfg, fields, watch)
+    latents = held_out_latents(cfg, [*fields, *data], watch)
+    folder = run / "mixed-scale"
+    own = [*fields, *data, *GRAPH, f"run.dir={folder}", "curriculum.name=mixed_scale"]
+    run_ranks("curriculum", own, cfg.demo.ranks)
+    return stage_folders(folder), latents
+
+
+def compare(stages: dict[str, Path], latents: Path) -> dict[str, dict[str, object]]:
+    """Measure the held-out loss of all three at both sizes."""
     losses = {name: loss_at(stages[name], latents, 64) for name in ("low", "mixed", "switched")}
     mixed, switched = (losses[name] / losses["low"] - 1 for name in ("mixed", "switched"))
     figures: dict[str, dict[str, object]] = {
@@ -96,6 +93,14 @@ def main() -> None:
     figures["held-out loss at 96 px, mixed, switched"] = {
         "value": [round(loss_at(stages[name], latents, 96), 4) for name in ("mixed", "switched")]
     }
+    return figures
+
+
+def main() -> None:
+    """Train both ways, measure and print."""
+    with demo_fields(parse("Two sizes in every update against a switch.")) as (run, fields):
+        stages, latents = train_both(run, fields)
+        figures = compare(stages, latents)
     machine = {"device": platform.machine(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "mixed_scale", "machine": machine, "figures": figures}))
 
