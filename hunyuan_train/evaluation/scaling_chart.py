@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hunyuan_train.evaluation.charts import STAGE_COLOURS, figure_with, png
 from hunyuan_train.evaluation.scaling import BILLION, Curve, Optimum, PowerLaw, ScalingLaw, smooth
+
+_TICKS = (1.0, 2.0, 5.0)
+"""Labelled within each power of ten."""
 
 
 def scaling_chart(curves: Sequence[Curve], optima: Sequence[Optimum], law: ScalingLaw) -> bytes:
@@ -44,5 +48,9 @@ def _law(axes: Axes, points: Sequence[tuple[float, float]], law: PowerLaw, name:
 
 def _label(axes: Axes, name: str) -> None:
     axes.set_xscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=_TICKS))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("compute 6 N D, petaFLOP")
     axes.set_ylabel(name)

@@ -21,10 +21,10 @@ class ScalingConfig:
     repetitions: int = 200
     """Of the bootstrap that says how sure the exponents are."""
 
-    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 160])
+    widths: list[int] = field(default_factory=lambda: [64, 96, 128, 192])
     """Hidden sizes of the models that `scaling sweep` trains."""
 
-    sweep_pflop: float = 0.004
+    sweep_pflop: float = 0.005
     """Compute of every run of `scaling sweep`, petaFLOP by `6 N D`."""
 
     law: str = "video"
