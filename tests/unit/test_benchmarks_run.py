@@ -7,11 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name[0] != "_")
 NEEDS = {"vs_diffusers": "diffusers"}
 """Packages without which a script has nothing to measure."""
+REPEATS = ("mixed_scale",)
+"""Scripts that run a part of what another one does."""
+
+
+def cases() -> list[ParameterSet]:
+    """Return all scripts; those that repeat another one are left to the longer run."""
+    return [
+        pytest.param(path, marks=[pytest.mark.again] if path.stem in REPEATS else [], id=path.stem)
+        for path in SCRIPTS
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -20,7 +31,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+@pytest.mark.parametrize("script", cases())
 def test_it_runs_quickly_and_reports_in_json(script: Path) -> None:
     if script.stem in NEEDS:
         pytest.importorskip(NEEDS[script.stem])
