@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def test_file_and_function_lengths(path: Path) -> None:
 def test_no_catch_all_module_names() -> None:
     banned = {"utils", "common", "helpers", "misc"}
     assert [p for p in SOURCES if p.stem in banned] == []
+
+
+def test_no_two_test_modules_share_a_name() -> None:
+    """They are imported by name, so one of the two would stand in for the other."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    names.pop("conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_kernels_is_not_a_package() -> None:
