@@ -5,20 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name[0] != "_")
 NEEDS = {"vs_diffusers": "diffusers"}
 """Packages without which a script has nothing to measure."""
-REPEATS = ("mixed_scale",)
-"""Scripts that run a part of what another one does."""
+REPEATS = ("mixed_scale", "curriculum_kills")
+"""Scripts that run a part of what another script or test does."""
 
 
-def cases() -> list[ParameterSet]:
-    """Return all scripts; those that repeat another one are left to the longer run."""
+def cases() -> list[Any]:
+    """Return all scripts; those that repeat something are left to the longer run."""
     return [
         pytest.param(path, marks=[pytest.mark.again] if path.stem in REPEATS else [], id=path.stem)
         for path in SCRIPTS
