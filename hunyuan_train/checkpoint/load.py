@@ -1,8 +1,10 @@
 """Reading a checkpoint folder: all tensors, one section, or into another model's."""
 
+import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from hunyuan_train.checkpoint.storage import (
     step_folder,
     step_of,
 )
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.lora import is_adapter
 
 log = logging.getLogger(__name__)
@@ -69,17 +72,21 @@ def _identity_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_identity(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Compare two model configurations.
+    """Compare two model configurations; a field that one of them lacks has its default.
+
+    So a checkpoint written before a field existed is that of a model without what it adds.
 
     Raises:
         ValueError: They differ; the message names every differing field with both values.
     """
     theirs, mine = dict(_identity_fields(stored)), dict(_identity_fields(ours))
-    absent = "(absent)"
+    default = dict(_identity_fields(json.loads(json.dumps(asdict(HunyuanConfig())))))
+    names = sorted(theirs.keys() | mine.keys())
+    pairs = [(name, default.get(name, "(absent)")) for name in names]
     differing = [
-        f"{name} is {theirs.get(name, absent)!r} there and {mine.get(name, absent)!r} here"
-        for name in sorted(theirs.keys() | mine.keys())
-        if theirs.get(name, absent) != mine.get(name, absent)
+        f"{name} is {theirs.get(name, usual)!r} there and {mine.get(name, usual)!r} here"
+        for name, usual in pairs
+        if theirs.get(name, usual) != mine.get(name, usual)
     ]
     if differing:
         raise ValueError(f"{folder} is a checkpoint of another model: {'; '.join(differing)}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.load import load_weights, read_manifest, restore_into
 from hunyuan_train.checkpoint.manager import CheckpointManager
+from hunyuan_train.models.hunyuan.config import HunyuanConfig
 
 
 @pytest.fixture
@@ -65,6 +67,18 @@ def test_a_checkpoint_of_another_model_names_every_differing_field(two_saved: Pa
         r"and \[1, 2, 4\] here",
     ):
         manager.restore(tensors_of())
+
+
+def test_a_field_that_a_checkpoint_lacks_has_its_default(tmp_path: Path):
+    """The checkpoint was written before there was image to video."""
+    folder = tmp_path / "checkpoints"
+    now = asdict(HunyuanConfig())
+    then = {name: value for name, value in now.items() if name != "image_condition"}
+    CheckpointManager(folder, CheckpointConfig(), then).save(1, tensors_of(), {})
+    assert CheckpointManager(folder, CheckpointConfig(), now).restore(tensors_of())
+    other = CheckpointManager(folder, CheckpointConfig(), now | {"image_condition": "concat"})
+    with pytest.raises(ValueError, match=r"image_condition is 'none' there and 'concat' here"):
+        other.restore(tensors_of())
 
 
 def test_identities_are_compared_as_json(two_saved: Path):
