@@ -160,7 +160,7 @@ def main() -> None:
     store = OnlineStore(cfg, NoVae(), NoText())
     clips = len(store.index)
     rows = [store.index.row(number) for number in range(clips)]
-    jobs = {row.sample_id: store.job(row) for row in rows}
+    jobs = {row.sample_id: store.job(row, 0) for row in rows}
     order = make_loader(store, cfg)
     names = [name for update in itertools.islice(updates(order), clips + 1) for name in update]
     order.close()

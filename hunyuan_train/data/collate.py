@@ -1,6 +1,7 @@
 """Samples of one bucket put side by side into a micro-batch."""
 
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,42 @@ from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.store import Sample, SampleStore, StoreMeta, Text
 from hunyuan_train.runtime.seed import keyed_generator
+
+
+class MicroBatch(Protocol):
+    """What loader and loop need of a micro-batch, whatever its samples are made of."""
+
+    bucket: Bucket
+    weight: float
+    """1; or 0 for samples that are not trained on and only keep ranks in step."""
+    sample_ids: list[str]
+    epochs: list[int]
+    source: str
+
+    def put(self, place: int, row: SampleRow, epoch: int, variant: int, sample: Any) -> None:
+        """Write a sample, whose shapes were checked, to a place of the batch."""
+        ...
+
+    def clear(self) -> None:
+        """Make all its samples empty and take their weight, so that it only keeps ranks in step."""
+        ...
+
+
+@runtime_checkable
+class OwnBatches(Protocol):
+    """A store whose samples are not latents and text."""
+
+    def empty_batch(self, bucket: Bucket, size: int, weight: float) -> MicroBatch:
+        """Return a batch with room for ``size`` samples, to be filled in place."""
+        ...
+
+    def batch_bytes(self, bucket: Bucket, size: int) -> int:
+        """Return the memory of a batch, but for its names."""
+        ...
+
+    def check(self, sample: Any, row: SampleRow) -> None:
+        """Raise SampleError unless a sample has the shape of its bucket."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +109,32 @@ class Batch:
         for place in range(len(self.sample_ids)):
             self.text[place], self.text_mask[place] = self.empty_text, self.empty_mask
             self.pooled[place] = self.empty_pooled
+
+
+def new_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) -> MicroBatch:
+    """Return a batch with room for ``size`` samples of ``store``, to be filled in place."""
+    if isinstance(store, OwnBatches):
+        return store.empty_batch(bucket, size, weight)
+    return empty_batch(store, bucket, size, weight)
+
+
+def bytes_of_batch(store: SampleStore, bucket: Bucket, size: int) -> int:
+    """Return the memory of a batch of ``store``, but for its names."""
+    if isinstance(store, OwnBatches):
+        return store.batch_bytes(bucket, size)
+    return batch_bytes(store.meta, bucket, size)
+
+
+def check_any(store: SampleStore, sample: Any, row: SampleRow) -> None:
+    """Check that a sample of ``store`` has the shapes of its bucket.
+
+    Raises:
+        SampleError: It does not; says which and how.
+    """
+    if isinstance(store, OwnBatches):
+        store.check(sample, row)
+    else:
+        check_sample(sample, row, store.meta)
 
 
 def empty_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) -> Batch:

@@ -37,15 +37,29 @@ class PixelSample(SampleShape):
     """uint8 [frames, height, width, 3], upright RGB."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Which of its frames a clip is cut to, where that is drawn."""
+
+    interval: int
+    """Frames from one to the next, beyond what ``data.max_fps`` leaves out; fewer where the clip is
+    too short for them."""
+    offset: float
+    """From 0 to below 1: where in the clip the cut begins, as early to as late as it can."""
+
+
 def frame_stride(fps: float, max_fps: float) -> int:
     """Return the smallest stride that brings ``fps`` below ``max_fps``."""
     return math.floor(fps / max_fps) + 1
 
 
 def decode_samples(
-    path: Path, media: str, cfg: DataConfig, table: BucketTable
+    path: Path, media: str, cfg: DataConfig, table: BucketTable, window: Window | None = None
 ) -> list[PixelSample]:
     """Decode ``path`` once and return its samples, one per assigned bucket.
+
+    Their frames begin where ``data.clip_start`` says and follow each other, or are those of
+    ``window``.
 
     Raises:
         MediaError: The file cannot become a sample; the error says why.
@@ -63,8 +77,17 @@ def decode_samples(
         info = reader.info
         stride = frame_stride(info.fps, cfg.max_fps)
         chosen = _assign_video(info, cfg, table)
-        centre = cfg.clip_start == ClipStart.centre
-        frames = [reader.choose(item.bucket.frames, stride, centre=centre) for item in chosen]
+        centre = window is None and cfg.clip_start == ClipStart.centre
+        cut = window or Window(interval=1, offset=0.0)
+        frames = [
+            reader.choose(
+                item.bucket.frames,
+                stride * widest_interval(info.frames, item.bucket.frames, stride, cut.interval),
+                centre=centre,
+                offset=cut.offset,
+            )
+            for item in chosen
+        ]
         clips = [
             np.empty((item.bucket.frames, item.bucket.height, item.bucket.width, 3), np.uint8)
             for item in chosen
@@ -79,6 +102,11 @@ def decode_samples(
         PixelSample(**_described(item, info.fps / stride), pixels=clip)
         for item, clip in zip(chosen, clips, strict=True)
     ]
+
+
+def widest_interval(have: int, wanted: int, stride: int, most: int) -> int:
+    """Return the largest interval up to ``most`` at which a clip has the wanted frames, or 1."""
+    return max(1, min(most, (have - 1) // (stride * max(wanted - 1, 1))))
 
 
 def probe_samples(path: Path, media: str, cfg: DataConfig, table: BucketTable) -> list[SampleShape]:

@@ -85,7 +85,9 @@ class VideoReader:
         """Close the file."""
         self._container.close()
 
-    def choose(self, count: int, stride: int, *, centre: bool) -> list[int]:
+    def choose(
+        self, count: int, stride: int, *, centre: bool = False, offset: float = 0.0
+    ) -> list[int]:
         """Choose ``count`` frames on an even time grid of ``stride`` mean frame intervals.
 
         Each grid time takes the frame nearest to it. With a constant frame rate that is every
@@ -95,7 +97,9 @@ class VideoReader:
         Args:
             count: Frames to choose.
             stride: Grid step in mean frame intervals.
-            centre: Centre the grid in the clip instead of starting at its first frame.
+            centre: Centre the grid in the clip.
+            offset: Else, where in the clip the grid begins: from 0, at its first frame, to below 1,
+                as late as it can.
 
         Returns:
             Frame indices in presentation order; they may repeat.
@@ -104,7 +108,7 @@ class VideoReader:
         assert slack >= 0, "more frames chosen than the clip has"
         times = self._keys.times
         interval = (times[-1] - times[0]) / max(len(times) - 1, 1)
-        start = slack // 2 if centre else 0
+        start = slack // 2 if centre else int(offset * (slack + 1))
         grid = times[0] + interval * (start + stride * np.arange(count))
         after = np.clip(np.searchsorted(times, grid), 1, max(len(times) - 1, 1))
         if len(times) == 1:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hunyuan_train.data.buckets import Assign, Assignment, Bucket, BucketTable
 from hunyuan_train.data.config import DataConfig
-from hunyuan_train.data.dataset import SampleShape, decode_samples, probe_samples
+from hunyuan_train.data.dataset import SampleShape, Window, decode_samples, probe_samples
 from hunyuan_train.data.quarantine import MediaError, Reason
 
 
@@ -19,13 +19,20 @@ def probe_file(path: str, media: str, cfg: DataConfig) -> list[SampleShape]:
     return probe_samples(Path(path), media, cfg, cfg.bucket_table())
 
 
-def decode_clip(path: str, media: str, bucket: Bucket, anchor: int, cfg: DataConfig) -> np.ndarray:
-    """Return the pixels of one sample of a file, uint8 [F, H, W, 3].
+def decode_clip(
+    path: str,
+    media: str,
+    bucket: Bucket,
+    anchor: int,
+    cfg: DataConfig,
+    window: Window | None = None,
+) -> np.ndarray:
+    """Return the pixels of one sample of a file, uint8 [F, H, W, 3]; see ``decode_samples``.
 
     Raises:
         MediaError: It is damaged, or has changed since it was probed.
     """
-    (sample,) = decode_samples(Path(path), media, cfg, _OneBucket(cfg, bucket, anchor))
+    (sample,) = decode_samples(Path(path), media, cfg, _OneBucket(cfg, bucket, anchor), window)
     return sample.pixels
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.collate import Batch, check_sample, choose_caption
+from hunyuan_train.data.collate import MicroBatch, check_any, choose_caption
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.quarantine import SampleError
@@ -21,8 +21,8 @@ class EncodingStore(Protocol):
     decode: Callable[..., Any]
     """What a process runs for one sample; it does not import torch."""
 
-    def job(self, row: SampleRow) -> tuple[Any, ...]:
-        """Return the arguments of ``decode`` for a row."""
+    def job(self, row: SampleRow, epoch: int) -> tuple[Any, ...]:
+        """Return the arguments of ``decode`` for a row in an epoch."""
         ...
 
     def raw_bytes(self, bucket: Bucket) -> int:
@@ -74,7 +74,7 @@ class Fetcher:
         row = store.index.row(number)
         variant = choose_caption(row, seed, epoch)
         if isinstance(store, EncodingStore):
-            arguments = store.job(row)
+            arguments = store.job(row, epoch)
         else:
             arguments = (store, number, variant)
         future = self._workers[source].submit(row.sample_id, *arguments)
@@ -82,7 +82,9 @@ class Fetcher:
             place=place, number=number, row=row, epoch=epoch, variant=variant, future=future
         )
 
-    def fill(self, source: int, batch: Batch, requests: list[Request]) -> dict[int, SampleError]:
+    def fill(
+        self, source: int, batch: MicroBatch, requests: list[Request]
+    ) -> dict[int, SampleError]:
         """Wait for samples and put the good ones into their batch.
 
         Returns:
@@ -102,7 +104,7 @@ class Fetcher:
             try:
                 if isinstance(sample, SampleError):
                     raise sample
-                check_sample(sample, request.row, store.meta)
+                check_any(store, sample, request.row)
             except SampleError as error:
                 bad[request.place] = error
             else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hunyuan_train.data.balance import Balance
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.data.collate import Batch
+from hunyuan_train.data.collate import MicroBatch
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.fetch import Request
 from hunyuan_train.data.index import SampleRow
@@ -83,7 +83,7 @@ class BucketLoader:
         self.balance = Balance(1.0, 1.0)
         """Predicted balance of the last update."""
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next update.
 
         Raises:

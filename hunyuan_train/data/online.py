@@ -107,7 +107,7 @@ class OnlineStore:
         """
         row = self.index.row(number)
         try:
-            pixels = decode_clip(*self.job(row))
+            pixels = decode_clip(*self.job(row, 0))
         except Exception as error:
             raise as_sample_error(row.sample_id, error) from error
         future: Future[Any] = Future()
@@ -124,8 +124,8 @@ class OnlineStore:
                 self._empty[media] = self._encode_texts([""], media)["", media]
             return self._empty[media]
 
-    def job(self, row: SampleRow) -> tuple[Any, ...]:
-        """Return the arguments of ``decode`` for a row."""
+    def job(self, row: SampleRow, epoch: int) -> tuple[Any, ...]:
+        """Return the arguments of ``decode`` for a row; the same in every epoch."""
         path = self._root / row.source
         media = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
         return str(path), media, row.bucket, row.anchor, self._cfg

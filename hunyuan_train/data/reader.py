@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hunyuan_train.data.balance import Balance, Unit
-from hunyuan_train.data.collate import Batch, batch_bytes, empty_batch
+from hunyuan_train.data.collate import MicroBatch, bytes_of_batch, new_batch
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.fetch import Fetcher, Request
 from hunyuan_train.data.planner import StepPlanner
@@ -24,7 +24,7 @@ class LoadedUnit:
     """One micro-batch of this rank; the places of bad samples hold zeros."""
 
     unit: Unit
-    batch: Batch
+    batch: MicroBatch
     requests: list[Request]
     """By place."""
     bad: dict[int, SampleError]
@@ -130,7 +130,9 @@ class StepReader:
         source = self._planner.cells[unit.cell].store
         return self.fetcher.ask(source, number, place, epoch, self._seed)
 
-    def fill(self, unit: Unit, batch: Batch, requests: list[Request]) -> dict[int, SampleError]:
+    def fill(
+        self, unit: Unit, batch: MicroBatch, requests: list[Request]
+    ) -> dict[int, SampleError]:
         """Wait for samples and put them into the batch of ``unit``; return the bad ones."""
         return self.fetcher.fill(self._planner.cells[unit.cell].store, batch, requests)
 
@@ -198,7 +200,7 @@ class StepReader:
                     unit=unit,
                     step=step,
                     last=number == len(units),
-                    batch_bytes=batch_bytes(self._stores[cell.store].meta, cell.bucket, unit.count),
+                    batch_bytes=bytes_of_batch(self._stores[cell.store], cell.bucket, unit.count),
                     raw_bytes=unit.count * self.fetcher.raw_bytes(cell.store, cell.bucket),
                 )
 
@@ -224,7 +226,7 @@ class StepReader:
     def _land(self, flight: _Flight) -> None:
         planned, unit = flight.planned, flight.planned.unit
         cell = self._planner.cells[unit.cell]
-        batch = empty_batch(self._stores[cell.store], cell.bucket, unit.count, unit.weight)
+        batch = new_batch(self._stores[cell.store], cell.bucket, unit.count, unit.weight)
         bad = self.fill(unit, batch, flight.requests)
         step = planned.step
         step.units.append(LoadedUnit(unit=unit, batch=batch, requests=flight.requests, bad=bad))

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.decode_job import probe_file
 from hunyuan_train.data.index import Blob, SampleRow, TextRef
 from hunyuan_train.data.index_writer import write_index
-from hunyuan_train.data.manifest import Source, list_sources
+from hunyuan_train.data.manifest import Source, SourceList, list_sources
 from hunyuan_train.data.parts import key_of, write_lines
 from hunyuan_train.data.quarantine import QuarantineRow, Reason, SampleError
 from hunyuan_train.data.workers import ProcessWorkers
@@ -40,7 +40,7 @@ _REPORT_S = 10.0
 _STALE_S = 3600.0
 
 
-def index_sources(cfg: DataConfig, text_length: int) -> Path:
+def index_sources(cfg: DataConfig, text_length: int, *, captions: bool = True) -> Path:
     """Index the samples of ``cfg.source`` and return the folder of the index.
 
     Files whose size and time are those of an earlier call are not opened. Several processes may
@@ -49,6 +49,7 @@ def index_sources(cfg: DataConfig, text_length: int) -> Path:
     Args:
         cfg: Source and buckets.
         text_length: Most tokens of a caption.
+        captions: Whether a file without a caption is left out.
 
     Raises:
         ValueError: A setting is missing, or no file is usable.
@@ -62,6 +63,9 @@ def index_sources(cfg: DataConfig, text_length: int) -> Path:
     rows: list[SampleRow] = []
     quarantine = list(listing.rejected)
     with _locked(folder / "scan.lock"):
+        if not captions:
+            listing = without_captions(listing)
+            quarantine = list(listing.rejected)
         probes = _probe_all(listing.sources, folder / f"probes-{probe_key(cfg)}.jsonl", cfg)
         for source in listing.sources:
             probe = probes[source.file]
@@ -86,6 +90,12 @@ def index_sources(cfg: DataConfig, text_length: int) -> Path:
             if old != index and time.time() - old.stat().st_mtime > _STALE_S:
                 shutil.rmtree(old, ignore_errors=True)
         return index
+
+
+def without_captions(listing: SourceList) -> SourceList:
+    """Return the same files with an empty caption each, so that none is left out for its lack."""
+    bare = [replace(source, captions=("",), caption_problem="") for source in listing.sources]
+    return replace(listing, sources=bare)
 
 
 def probe_key(cfg: DataConfig) -> str:

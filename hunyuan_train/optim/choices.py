@@ -1,7 +1,7 @@
 """Which choices of the sections memory, optimizer and parallel go together."""
 
 from hunyuan_train.memory.config import AveragePlace, MemoryConfig, Place, StateType, WeightType
-from hunyuan_train.optim.config import Implementation, OptimizerConfig
+from hunyuan_train.optim.config import Implementation, OptimizerConfig, Rule
 from hunyuan_train.parallel.config import ParallelConfig, ZeroEngine
 
 
@@ -30,6 +30,7 @@ def check_choices(
             "everything in float64; choose float32 or bfloat16"
         )
     _check_frozen(optimizer, parallel)
+    _check_muon(chosen, optimizer, parallel)
     apex = optimizer.implementation is Implementation.apex
     states = [choice for choice in chosen if not choice.startswith("memory.ema")]
     if apex and (states or parallel.zero_engine is ZeroEngine.deepspeed):
@@ -57,6 +58,28 @@ def check_choices(
         raise ValueError(
             f"memory.fused_backward=true is for a single rank, but there are {ranks}; "
             "set it to false"
+        )
+
+
+def _check_muon(chosen: list[str], optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    """Check that Muon sees whole matrices and keeps its own state.
+
+    Raises:
+        ValueError: naming what it cannot be combined with.
+    """
+    if optimizer.rule is not Rule.muon:
+        return
+    other = [choice for choice in chosen if not choice.startswith("memory.ema")]
+    if parallel.zero_engine is ZeroEngine.deepspeed:
+        other.append("parallel.zero_engine=deepspeed")
+    if parallel.tp > 1:
+        other.append(f"parallel.tp={parallel.tp}")
+    if optimizer.implementation is Implementation.apex:
+        other.append("optimizer.implementation=apex")
+    if other:
+        raise ValueError(
+            f"optimizer.rule=muon cannot be combined with {other[0]}; set optimizer.rule=adamw or "
+            "leave the other at its default"
         )
 
 

@@ -20,9 +20,24 @@ class Implementation(StrEnum):
     apex = "apex"
 
 
+class Rule(StrEnum):
+    """How gradients become updates."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, learning-rate schedule, gradient clipping and EMA."""
+    """AdamW or Muon, learning-rate schedule, gradient clipping and EMA."""
+
+    rule: Rule = Rule.adamw
+    """adamw; or muon: Muon for parameters with two or more dimensions, AdamW for the others."""
+    muon_lr: float = 0.02
+    """Muon's learning rate after the warm-up, on the schedule of `lr`: the length of a step along
+    every direction of a matrix."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
 
     lr: float = 1e-4
     """Learning rate after the warm-up."""
@@ -60,10 +75,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a value outside its range."""
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "muon_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be above 0")
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "ema_decay", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("weight_decay", "warmup_steps", "clip_norm"):

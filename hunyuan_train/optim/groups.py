@@ -4,6 +4,7 @@ The moments are allocated when the optimizer is built, not in its first step: a 
 no more memory than training, and a checkpoint can be read straight into them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ from hunyuan_train.optim.config import OptimizerConfig
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def named_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
+def named_groups(
+    model: nn.Module, cfg: OptimizerConfig, wanted: Callable[[Tensor], bool] | None = None
+) -> list[dict[str, Any]]:
     """Return the groups of trainable parameters that are not empty, as (name, parameter) pairs.
+
+    Those that ``wanted`` refuses are left out.
 
     Raises:
         ValueError: ``model`` has no trainable parameter.
     """
     named = [(name, p) for name, p in saved_parameters(model).items() if p.requires_grad]
+    named = [(name, p) for name, p in named if wanted is None or wanted(p)]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameter to optimize")
     groups = [
@@ -38,8 +44,12 @@ def named_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
+def build_optimizer(
+    model: nn.Module, cfg: OptimizerConfig, wanted: Callable[[Tensor], bool] | None = None
+) -> AdamW:
     """Build AdamW over the trainable parameters of ``model``, plain or DTensor.
+
+    Those that ``wanted`` refuses are left out.
 
     Call it after sharding. The groups are named "decay" (two or more dimensions) and "no_decay"
     (biases and norm weights); ``param_names`` in each group holds the parameter names.
@@ -47,7 +57,7 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
     Raises:
         ValueError: ``model`` has no trainable parameter.
     """
-    groups = named_groups(model, cfg)
+    groups = named_groups(model, cfg, wanted)
     named = [pair for group in groups for pair in group["params"]]
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
     optimizer = AdamW(

@@ -11,11 +11,12 @@ from hunyuan_train.models.lora import saved_parameters
 from hunyuan_train.optim.apex import ApexAdamW
 from hunyuan_train.optim.choices import ONE_MICRO_STEP, check_choices
 from hunyuan_train.optim.clip import clip_grad_norm, local_part
-from hunyuan_train.optim.config import Implementation, OptimizerConfig
+from hunyuan_train.optim.config import Implementation, OptimizerConfig, Rule
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.fused_backward import FusedBackward
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.optim.lean import LeanAdamW, needs_lean
+from hunyuan_train.optim.muon import MuonAdamW
 from hunyuan_train.optim.plain import PlainAdamW
 from hunyuan_train.optim.unfreezing import Unfreezing
 from hunyuan_train.parallel.apply import ParallelModel
@@ -90,7 +91,7 @@ class Updates(Protocol):
 
 
 class TorchUpdates:
-    """AdamW over plain or ``fully_shard`` parameters; see ``Updates``."""
+    """AdamW or Muon over plain or ``fully_shard`` parameters; see ``Updates``."""
 
     def __init__(
         self,
@@ -114,6 +115,9 @@ class TorchUpdates:
         self._unfreezing = Unfreezing(self._named, optimizer)
         self._unfreezing.apply(self._named)
         self._frozen = self._unfreezing.frozen(0)
+        if optimizer.rule is Rule.muon:
+            self._rule = MuonAdamW(model.module, optimizer)
+            return
         if not needs_lean(memory):
             apex = optimizer.implementation is Implementation.apex
             self._rule = (ApexAdamW if apex else PlainAdamW)(model.module, optimizer)
