@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.data.buckets import Bucket
-from hunyuan_train.engine.step import MicroStep
+from hunyuan_train.engine.task import MicroStep
 from hunyuan_train.observability.trackers import JsonlTracker
 from hunyuan_train.parallel.mesh import Axes
 

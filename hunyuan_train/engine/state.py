@@ -10,6 +10,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.engine.ending import End, stage_end
+from hunyuan_train.engine.task import Task
 from hunyuan_train.engine.teacher import Teacher
 from hunyuan_train.memory.recompute import BucketMode
 from hunyuan_train.optim.ema import Ema
@@ -46,6 +47,8 @@ class TrainState:
     """What blocks keep of each bucket's micro-batches, as planned for this device; no state."""
     trained: float = 1.0
     """Trained parameters over all; no state."""
+    task: Task | None = None
+    """What is trained where that is not the diffusion model."""
     teacher: Teacher | None = None
     """Who says what to predict, instead of the data; frozen, so no state."""
 
@@ -65,6 +68,7 @@ class TrainState:
                 for name, moments in self.updates.local_moments().items()
             },
             "counters": {"skipped_updates": self.skipped_updates},
+            **(self.task.tensors() if self.task is not None else {}),
         }
 
     def counters(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from hunyuan_train.checkpoint.manager import SaveOutcome
 from hunyuan_train.checkpoint.replay import ReplayToken, samples_digest, samples_text
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.data.collate import Batch
+from hunyuan_train.data.collate import MicroBatch
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.certify import describe_layout
 from hunyuan_train.engine.own_work import OwnWork
@@ -50,7 +50,7 @@ class Supervision:
         self._run = run
         self._events = Events(job_folder(run.cfg), rank=run.world.rank)
         self._first = run.world.rank == 0
-        self._own = OwnWork(run.cfg, run.world.device)
+        self._own = OwnWork(run.cfg, run.world.device, run.state.task)
         self._compared = -1
         self._started = time.perf_counter()
 
@@ -96,7 +96,7 @@ class Supervision:
         self._started = time.perf_counter()
         self.heart.phase("data")
 
-    def end(self, metrics: StepMetrics, batches: Sequence[Batch], waited_s: float) -> bool:
+    def end(self, metrics: StepMetrics, batches: Sequence[MicroBatch], waited_s: float) -> bool:
         """Take the numbers of an update: compare a replayed one, judge the one before.
 
         Args:
@@ -217,7 +217,7 @@ class Supervision:
                 seconds=outcome.seconds,
             )
 
-    def _token(self, metrics: StepMetrics, batches: Sequence[Batch]) -> ReplayToken:
+    def _token(self, metrics: StepMetrics, batches: Sequence[MicroBatch]) -> ReplayToken:
         run = self._run
         drawn = [
             pair

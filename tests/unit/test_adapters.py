@@ -12,10 +12,11 @@ from hunyuan_train.config.compose import compose_config
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.build import averaged_weights, init_weights, lay_out, model_and_rules
+from hunyuan_train.engine.denoising import Denoising, forward_flops
 from hunyuan_train.engine.footprint import footprint, trained_share
 from hunyuan_train.engine.inputs import build_inputs
 from hunyuan_train.engine.state import TrainState
-from hunyuan_train.engine.step import forward_flops, global_counts, train_step
+from hunyuan_train.engine.step import global_counts, train_step
 from hunyuan_train.engine.trial import MicroBatch, make_batch
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.recompute import BucketMode
@@ -197,9 +198,10 @@ def test_gradients_that_are_not_computed_are_not_counted() -> None:
     cfg, axes = config(), Axes.alone()
     batches, mode = [make_batch(cfg, SHAPE, 0, 7)], BucketMode(Recompute.none, offload=False)
     flops = forward_flops(batches[0], cfg)
-    whole = global_counts(batches, [mode], cfg, axes).flops
+    cpu = torch.device("cpu")
+    whole = global_counts(batches, [mode], Denoising(cfg, cpu, 1.0), axes).flops
     assert whole == flops.training
-    frozen = global_counts(batches, [mode], cfg, axes, trained=0.25).flops
+    frozen = global_counts(batches, [mode], Denoising(cfg, cpu, 1.0, 0.25), axes).flops
     assert frozen == pytest.approx(whole - 0.75 * (flops.linear - flops.of_mask))
     assert 0 < trained_share(cfg) < 0.3
 

@@ -9,7 +9,7 @@ from distributed import run_distributed
 
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.bucket_meter import BucketMeter
-from hunyuan_train.engine.step import MicroStep
+from hunyuan_train.engine.task import MicroStep
 from hunyuan_train.evaluation.bucket_stats import (
     bucket_table,
     quarantine_table,

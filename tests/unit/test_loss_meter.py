@@ -9,7 +9,7 @@ from distributed import run_distributed
 
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.loss_meter import LossMeter
-from hunyuan_train.engine.step import MicroStep
+from hunyuan_train.engine.task import MicroStep
 from hunyuan_train.evaluation.loss import sigma_at
 from hunyuan_train.objectives.config import FlowMatchingConfig
 from hunyuan_train.parallel.config import ParallelConfig

@@ -172,6 +172,16 @@ class CausalVae3D(nn.Module):
         self.quant_conv.weight[channels:] *= 0.1
         self.quant_conv.get_parameter("bias")[channels:] = INITIAL_LOGVAR
 
+    def forward(self, pixels: Pixels, noise: Latents) -> tuple[Pixels, PerSample]:
+        """Return the reconstruction from the latents that ``noise`` selects, and their KL.
+
+        Args:
+            pixels: As :meth:`encode` takes them.
+            noise: Standard normal, of the latents' shape.
+        """
+        posterior = self.encode(pixels)
+        return self.decode(posterior.sample(noise)), posterior.kl()
+
     def encode(self, pixels: Pixels) -> Posterior:
         """Return the posterior of unscaled latents.
 
