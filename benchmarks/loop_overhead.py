@@ -30,7 +30,7 @@ from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.precompute import precompute
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.engine.supervision import open_clock
-from hunyuan_train.models.vae.model import CausalVae3D
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.objectives.loss import flow_matching_loss
 from hunyuan_train.optim.groups import build_optimizer
 from hunyuan_train.runtime.device import synchronize
@@ -60,7 +60,7 @@ def prepare(folder: Path, device: str, tokens: int, clips: int) -> TrainRun:
     )
     torch.set_num_threads(cfg.run.threads)
     torch.manual_seed(0)
-    precompute(cfg.data, LatentEncoder(CausalVae3D(cfg.vae)), build_text_encoder(cfg.text))
+    precompute(cfg.data, LatentEncoder(build_vae(cfg.vae)), build_text_encoder(cfg.text))
     return build_run(cfg, init_world(device))
 
 

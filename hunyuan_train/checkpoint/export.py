@@ -35,9 +35,9 @@ from hunyuan_train.models.hunyuan.state_dict import (
     hunyuan_links,
 )
 from hunyuan_train.models.spec import KeyLink, identity_link
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
-from hunyuan_train.models.vae.state_dict import config_to_released
+from hunyuan_train.models.vae.state_dict import RELEASED_CLASSES, config_to_released
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_SHARD_BYTES = 4 << 30
@@ -68,7 +68,8 @@ class Convertible:
         if layout is Layout.OURS:
             return dataclasses.asdict(self.config)
         if isinstance(self.config, VaeConfig):
-            return {"_class_name": "AutoencoderKLHunyuanVideo", **config_to_released(self.config)}
+            name = RELEASED_CLASSES[self.config.kind]
+            return {"_class_name": name, **config_to_released(self.config)}
         return diffusers_config(self.config) if layout is Layout.DIFFUSERS else None
 
 
@@ -77,7 +78,7 @@ def convertible(cfg: HunyuanConfig | VaeConfig) -> Convertible:
     if isinstance(cfg, HunyuanConfig):
         return Convertible(links=hunyuan_links(cfg), config=cfg)
     with torch.device("meta"):
-        state = CausalVae3D(cfg).state_dict()
+        state = build_vae(cfg).state_dict()
     # The VAE has one set of names everywhere.
     links = [identity_link(key, tuple(tensor.shape)) for key, tensor in state.items()]
     return Convertible(links=links, config=cfg)

@@ -24,7 +24,7 @@ class PosteriorLike(Protocol):
 
 
 class VideoVae(Protocol):
-    """What the service needs of a VAE; ``CausalVae3D`` is one."""
+    """What the service needs of a VAE; every ``Vae`` is one."""
 
     def encode(self, pixels: Tensor) -> PosteriorLike:
         """Return the posterior of pixels [B, 3, F, H, W] in [-1, 1]."""

@@ -23,7 +23,9 @@ from hunyuan_train.engine.rival import Rival
 from hunyuan_train.engine.task import MicroStep, Work
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.recompute import BucketMode
-from hunyuan_train.models.vae.model import CausalVae3D
+from hunyuan_train.models.vae.base import Posterior, Vae
+from hunyuan_train.models.vae.build import build_vae
+from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.perceptual import build_perceptual
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import VaeLoss, reconstruction_loss
@@ -47,7 +49,7 @@ class Reconstruction:
     """
 
     def __init__(
-        self, cfg: RunConfig, vae: CausalVae3D, axes: Axes, device: torch.device
+        self, cfg: RunConfig, vae: Vae, axes: Axes, device: torch.device
     ) -> None:
         self._cfg, self._vae, self._axes, self._device = cfg, vae, axes, device
         self._dtype = getattr(torch, cfg.parallel.compute_dtype)
@@ -74,7 +76,8 @@ class Reconstruction:
         pixels = to_network(cut(batch, cfg), self._device, self._dtype)
         noise = self._noise(batch, pixels.shape).to(pixels)
         with tiling(self._vae, self._in_tiles(batch)):
-            decoded, kl = module(pixels, noise)
+            decoded, mean, std = module(pixels, noise)
+        kl = Posterior(mean, std).kl()
         leaf = decoded.detach().float().requires_grad_()
         parts = reconstruction_loss(
             leaf, pixels.float(), kl.detach(), cfg.vae_loss, self.perceptual_or_none
@@ -139,9 +142,7 @@ class Reconstruction:
         self._sums += torch.stack([*values, values[0].new_tensor(float(samples))])
 
     def _noise(self, batch: PixelBatch, shape: torch.Size) -> Tensor:
-        cfg = self._vae.cfg
-        frames, height, width = shape[2:]
-        one = (cfg.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+        one = latent_shape(self._vae.cfg, shape)
         keys = [f"{i}:{e}" for i, e in zip(batch.sample_ids, batch.epochs, strict=True)]
         rows = [keyed_normal(one, self._cfg.run.seed, "vae_posterior", key) for key in keys]
         return torch.stack(rows)
@@ -151,8 +152,16 @@ class Reconstruction:
         return bool(drawn.random() < self._cfg.vae_training.tiling_share)
 
 
+def latent_shape(cfg: VaeConfig, pixels: torch.Size) -> tuple[int, int, int, int]:
+    """Return [C, T, h, w] of the latents of one sample of pixels [B, 3, F, H, W]."""
+    frames, height, width = pixels[2:]
+    ratio = cfg.spatial_ratio
+    latent_frames = (frames - 1) // cfg.temporal_ratio + 1
+    return cfg.latent_channels, latent_frames, height // ratio, width // ratio
+
+
 @contextmanager
-def tiling(vae: CausalVae3D, on: bool) -> Iterator[None]:
+def tiling(vae: Vae, on: bool) -> Iterator[None]:
     """Have the VAE work in the tiles of its config, or whole, inside a ``with`` block."""
     kept = vae.cfg
     if not on:
@@ -212,12 +221,10 @@ def forward_flops(
         height: In pixels.
         width: In pixels.
     """
-    from hunyuan_train.models.vae.config import VaeConfig
-
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in vae}
     fields |= {"tile_spatial": False, "tile_temporal": False}
     with torch.device("meta"), torch.no_grad():
-        model = CausalVae3D(VaeConfig(**fields))
+        model = build_vae(VaeConfig(**fields))
         pixels = torch.zeros(1, 3, frames, height, width)
         with FlopCounterMode(display=False) as counter:
             model.decode(model.encode(pixels).mode())

@@ -10,7 +10,7 @@ import torch
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.engine.vae_data import PixelBatches
 from hunyuan_train.engine.vae_training import VaeTrainingSummary, train_vae
-from hunyuan_train.models.vae.model import CausalVae3D
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.state_dict import save_vae
 from hunyuan_train.runtime.dist import World
 
@@ -37,7 +37,7 @@ def train_vae_from_config(cfg: RunConfig, world: World) -> VaeTrainingSummary:
         cfg.data, cfg.vae_training.files_per_media, cfg.vae_training.batch_size, cfg.run.seed
     )
     torch.manual_seed(cfg.run.seed)
-    vae = CausalVae3D(cfg.vae).to(world.device)
+    vae = build_vae(cfg.vae).to(world.device)
     total = cfg.vae_training.steps
 
     def on_step(row: dict[str, float]) -> None:

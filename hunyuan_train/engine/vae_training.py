@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.engine.vae_optimizer import VaeOptimizer
+from hunyuan_train.models.vae.base import Vae
 from hunyuan_train.models.vae.config import TEMPORAL_RATIO
-from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import VaeLoss, vae_loss
 from hunyuan_train.optim.ema import Ema
@@ -47,7 +47,7 @@ class VaeTrainingSummary:
 
 
 def train_vae(
-    vae: CausalVae3D,
+    vae: Vae,
     cfg: VaeTrainingConfig,
     next_batch: NextBatch,
     *,
@@ -128,7 +128,7 @@ def crop(batch: Tensor, cfg: VaeTrainingConfig, seed: int, step: int) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    vae: CausalVae3D, cfg: VaeTrainingConfig, next_batch: NextBatch, seed: int
+    vae: Vae, cfg: VaeTrainingConfig, next_batch: NextBatch, seed: int
 ) -> tuple[float, float]:
     """Return (PSNR in dB, standard deviation of latents) over batches that follow the training.
 
@@ -152,16 +152,14 @@ def measure(
     return 10 * math.log10(4.0 * num_pixels / max(squared_error, 1e-12)), std
 
 
-def _forward(
-    vae: CausalVae3D, cfg: VaeTrainingConfig, batch: Tensor, seed: int, step: int
-) -> VaeLoss:
+def _forward(vae: Vae, cfg: VaeTrainingConfig, batch: Tensor, seed: int, step: int) -> VaeLoss:
     pixels = _to_network(vae, batch)
     posterior = vae.encode(pixels)
     decoded = vae.decode(posterior.sample(_noise(posterior.mean, seed, step)))
     return vae_loss(decoded, pixels, posterior.kl(), cfg)
 
 
-def _to_network(vae: CausalVae3D, batch: Tensor) -> Tensor:
+def _to_network(vae: Vae, batch: Tensor) -> Tensor:
     parameter = next(vae.parameters())
     pixels = batch.to(parameter.device, parameter.dtype)
     return pixels.contiguous(memory_format=torch.channels_last_3d)

@@ -14,8 +14,9 @@ from hunyuan_train.evaluation.sample import decode_latents, sample_latents
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.hunyuan.state_dict import diffusers_config, hunyuan_links
+from hunyuan_train.models.vae.base import Vae
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 LATENT_SHAPE = (4, 3, 4, 6)
@@ -62,9 +63,9 @@ def build_models(
     return ours, theirs
 
 
-def build_vaes() -> tuple[CausalVae3D, AutoencoderKLHunyuanVideo]:
+def build_vaes() -> tuple[Vae, AutoencoderKLHunyuanVideo]:
     sizes = {"latent_channels": 4, "layers_per_block": 1}
-    ours = CausalVae3D(VaeConfig(block_channels=[8, 8, 8, 8], norm_groups=4, **sizes)).eval()
+    ours = build_vae(VaeConfig(block_channels=[8, 8, 8, 8], norm_groups=4, **sizes)).eval()
     randomise(ours, 1, 0.2)
     theirs = AutoencoderKLHunyuanVideo(
         block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **sizes

@@ -8,8 +8,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
+from hunyuan_train.models.vae.base import Vae
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import config_from_released, config_to_released
 
 RELATIVE_ERROR = 2e-5
@@ -27,9 +28,9 @@ def tiny(**changes) -> VaeConfig:
     return VaeConfig(**(sizes | changes))
 
 
-def pair(cfg: VaeConfig) -> tuple[CausalVae3D, AutoencoderKLHunyuanVideo]:
+def pair(cfg: VaeConfig) -> tuple[Vae, AutoencoderKLHunyuanVideo]:
     """Return ours with random weights and theirs with the same."""
-    ours = CausalVae3D(cfg)
+    ours = build_vae(cfg)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():

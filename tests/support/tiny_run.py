@@ -14,8 +14,8 @@ from hunyuan_train.data.shapes import write_shapes_dataset
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.precompute import precompute
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import save_vae
 
 MODEL = [
@@ -38,7 +38,7 @@ def make_data(folder: Path, num_clips: int = 8, num_images: int = 4) -> Path:
         frame_sizes=[(64, 64), (96, 64)],
         clip_frames=[5],
     )
-    vae = CausalVae3D(VaeConfig(block_channels=[4, 8, 8, 8], layers_per_block=1, norm_groups=4))
+    vae = build_vae(VaeConfig(block_channels=[4, 8, 8, 8], layers_per_block=1, norm_groups=4))
     save_vae(vae, folder / "vae")
     cfg = compose_config(
         [

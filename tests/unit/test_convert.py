@@ -17,8 +17,8 @@ from hunyuan_train.cli.convert import main
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
 
 SIZES = {
@@ -272,7 +272,7 @@ def test_vae_both_ways(tmp_path):
         norm_groups=4,
         scaling_factor=0.7,
     )
-    vae = CausalVae3D(cfg)
+    vae = build_vae(cfg)
     save_vae(vae, tmp_path / "ours")
     arguments = ["from=ours", "to=diffusers", "model=vae", f"input={tmp_path / 'ours'}"]
     main([*arguments, f"output={tmp_path / 'theirs'}"])

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.config.compose import compose_config
+from hunyuan_train.models.vae.base import Posterior, check_pixels
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.layers import CausalConv3d, FrameCausalAttention
-from hunyuan_train.models.vae.model import CausalVae3D, Posterior, check_pixels
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
 
 
@@ -34,7 +35,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 def test_released_size_and_keys():
     with torch.device("meta"):
-        state = CausalVae3D(VaeConfig()).state_dict()
+        state = build_vae(VaeConfig()).state_dict()
     assert len(state) == 248
     assert sum(value.numel() for value in state.values()) == 246_478_803
     assert sum(v.numel() for k, v in state.items() if k.startswith("encoder.")) == 100_341_408
@@ -77,17 +78,17 @@ def test_shipped_configs(name):
 )
 def test_refuses_pixels_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
-        CausalVae3D(tiny()).encode(torch.zeros(shape))
+        build_vae(tiny()).encode(torch.zeros(shape))
 
 
 def test_refuses_a_video_without_its_batch():
     with pytest.raises(ValueError, match=r"\[3, 5, 16, 16\] cannot be encoded"):
-        check_pixels(torch.Size((3, 5, 16, 16)), 3)
+        check_pixels(torch.Size((3, 5, 16, 16)), tiny())
 
 
 def test_refuses_foreign_latents():
     with pytest.raises(ValueError, match=r"\[1, 16, 1, 2, 2\] cannot be decoded; .*\[batch, 4,"):
-        CausalVae3D(tiny()).decode(torch.zeros(1, 16, 1, 2, 2))
+        build_vae(tiny()).decode(torch.zeros(1, 16, 1, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_posterior():
 
 
 def test_standard_deviation_is_clamped():
-    vae = CausalVae3D(tiny())
+    vae = build_vae(tiny())
     with torch.no_grad():
         vae.quant_conv.bias[4:6] = 1e4
         vae.quant_conv.bias[6:] = -1e4
@@ -132,7 +133,7 @@ def test_standard_deviation_is_clamped():
 
 
 def test_scale_and_unscale():
-    vae = CausalVae3D(tiny(scaling_factor=0.25))
+    vae = build_vae(tiny(scaling_factor=0.25))
     latents = torch.tensor([4.0, -8.0]).view(1, 2, 1, 1, 1)
     assert vae.scale(latents).flatten().tolist() == [1.0, -2.0]
     assert torch.equal(vae.unscale(vae.scale(latents)), latents)
@@ -178,7 +179,7 @@ def test_attention_sees_no_later_frame():
 
 def test_group_norm_leaks_the_future():
     # The released architecture does this; a change would no longer load its weights faithfully.
-    vae = randomised(CausalVae3D(tiny()))
+    vae = randomised(build_vae(tiny()))
     video = torch.rand(1, 3, 9, 16, 16, generator=torch.Generator().manual_seed(1))
     changed = video.clone()
     changed[:, :, 5:] = -1.0
@@ -187,7 +188,7 @@ def test_group_norm_leaks_the_future():
 
 def test_initial_weights():
     with torch.device("meta"):
-        vae = CausalVae3D(tiny())
+        vae = build_vae(tiny())
     vae = vae.to_empty(device="cpu")
     for parameter in vae.parameters():
         torch.nn.init.constant_(parameter, math.nan)
@@ -201,7 +202,7 @@ def test_initial_weights():
 
 
 def test_folder_round_trip(tmp_path):
-    vae = randomised(CausalVae3D(tiny(scaling_factor=0.7)))
+    vae = randomised(build_vae(tiny(scaling_factor=0.7)))
     save_vae(vae, tmp_path / "vae")
     again = load_vae(tmp_path / "vae")
     assert again.cfg == vae.cfg
@@ -217,7 +218,7 @@ def test_folder_round_trip(tmp_path):
 def test_load_says_what_is_missing_or_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"config.json does not exist; a VAE folder holds config"):
         load_vae(tmp_path)
-    save_vae(CausalVae3D(tiny()), tmp_path)
+    save_vae(build_vae(tiny()), tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good = weights.read_bytes()
     weights.unlink()

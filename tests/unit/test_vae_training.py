@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hunyuan_train.engine.vae_optimizer import VaeOptimizer
 from hunyuan_train.engine.vae_training import crop, train_vae
+from hunyuan_train.models.vae.base import Vae
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss import vae_loss
@@ -33,9 +34,9 @@ def patches(step: int) -> Tensor:
     return torch.nn.functional.interpolate(colours, size=(frames, 16, 16), mode="nearest")
 
 
-def new_vae() -> CausalVae3D:
+def new_vae() -> Vae:
     torch.manual_seed(0)
-    return CausalVae3D(CONFIG)
+    return build_vae(CONFIG)
 
 
 def test_loss_terms_by_hand():

@@ -102,12 +102,12 @@ class FrameCausalAttention(nn.Module):
         query, key, value = (
             layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = _attend_past(query, key, value, frames, height * width).squeeze(1)
+        attended = attend_past(query, key, value, frames, height * width).squeeze(1)
         out = self.to_out[0](attended).transpose(1, 2)
         return x + out.reshape(batch, channels, frames, height, width)
 
 
-def _attend_past(query: Tensor, key: Tensor, value: Tensor, frames: int, per_frame: int) -> Tensor:
+def attend_past(query: Tensor, key: Tensor, value: Tensor, frames: int, per_frame: int) -> Tensor:
     # Frame by frame over a growing slice of the past instead of a [T*H*W, T*H*W] mask: half the
     # work, and a 17 x 32 x 32 tile would need a mask of 303 million entries.
     parts = []

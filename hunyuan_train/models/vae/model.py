@@ -5,16 +5,13 @@ over the whole clip, so a latent frame depends on later frames too, and an image
 from the first frame of a video.
 """
 
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hunyuan_train.models.shapes import Latents, PerSample
-from hunyuan_train.models.vae.config import SPATIAL_RATIO, TEMPORAL_RATIO, VaeConfig
+from hunyuan_train.models.shapes import Latents
+from hunyuan_train.models.vae.base import INITIAL_LOGVAR, Pixels, Vae
+from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.layers import (
     NORM_EPS,
     CausalConv3d,
@@ -27,46 +24,11 @@ from hunyuan_train.models.vae.layers import (
     UpBlock,
     Upsample,
 )
-from hunyuan_train.models.vae.tiling import Tiling, tiled
-
-Pixels: TypeAlias = Float[Tensor, "B colours frames height width"]
 
 # Equal, and therefore not a mirror image: at half resolution the encoder still has every frame, but
 # the decoder only half of them.
 DOWN_STRIDES: list[Stride | None] = [(1, 2, 2), (2, 2, 2), (2, 2, 2), None]
 UP_FACTORS: list[Stride | None] = [(1, 2, 2), (2, 2, 2), (2, 2, 2), None]
-
-MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
-INITIAL_LOGVAR = -6.0
-
-
-@dataclass(frozen=True, slots=True)
-class Posterior:
-    """A normal distribution per latent value, unscaled."""
-
-    mean: Tensor
-    """[B, C, T, h, w]."""
-
-    std: Tensor
-    """[B, C, T, h, w], positive."""
-
-    @property
-    def logvar(self) -> Tensor:
-        """Return the log of the variance, [B, C, T, h, w]."""
-        return 2 * self.std.log()
-
-    def mode(self) -> Tensor:
-        """Return the most likely latents."""
-        return self.mean
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Return the latents that standard normal ``noise`` of the same shape selects."""
-        return self.mean + self.std * noise
-
-    def kl(self) -> PerSample:
-        """Return KL(posterior || N(0, 1)) in nats, summed over channels, time, height and width."""
-        per_value = 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar)
-        return per_value.flatten(1).sum(dim=1)
 
 
 class Encoder(nn.Module):
@@ -124,17 +86,12 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class CausalVae3D(nn.Module):
-    """HunyuanVideo's autoencoder: 4n+1 frames of H x W pixels to n+1 latent frames of H/8 x W/8.
-
-    ``encode`` and ``decode`` speak unscaled latents; ``scale`` and ``unscale`` go to and from the
-    unit variance that diffusion works in.
-    """
+class CausalVae3D(Vae):
+    """HunyuanVideo's autoencoder: 4n+1 frames of H x W pixels to n+1 latent frames of H/8 x W/8."""
 
     def __init__(self, cfg: VaeConfig) -> None:
         """Build and initialise the network."""
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.quant_conv = nn.Conv3d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
@@ -172,85 +129,15 @@ class CausalVae3D(nn.Module):
         self.quant_conv.weight[channels:] *= 0.1
         self.quant_conv.get_parameter("bias")[channels:] = INITIAL_LOGVAR
 
-    def forward(self, pixels: Pixels, noise: Latents) -> tuple[Pixels, PerSample]:
-        """Return the reconstruction from the latents that ``noise`` selects, and their KL.
+    @property
+    def last_decoder_kernel(self) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+        return self.decoder.conv_out.conv.weight
 
-        Args:
-            pixels: As :meth:`encode` takes them.
-            noise: Standard normal, of the latents' shape.
-        """
-        posterior = self.encode(pixels)
-        return self.decode(posterior.sample(noise)), posterior.kl()
-
-    def encode(self, pixels: Pixels) -> Posterior:
-        """Return the posterior of unscaled latents.
-
-        Args:
-            pixels: [B, 3, 4n+1, H, W] in [-1, 1], H and W multiples of 8.
-
-        Returns:
-            Mean and standard deviation, each [B, latent_channels, n+1, H/8, W/8].
-
-        Raises:
-            ValueError: If the number of channels, frames, the height or the width does not fit.
-        """
-        check_pixels(pixels.shape, self.cfg.in_channels)
-        moments = tiled(self._encode_tile, pixels, Tiling.for_encode(self.cfg))
-        mean, logvar = moments.chunk(2, dim=1)
-        return Posterior(mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
-
-    def decode(self, latents: Latents) -> Pixels:
-        """Return pixels near [-1, 1] for unscaled latents.
-
-        Args:
-            latents: [B, latent_channels, n+1, h, w], unscaled.
-
-        Returns:
-            [B, 3, 4n+1, 8h, 8w].
-
-        Raises:
-            ValueError: If the tensor is not a latent video of this VAE.
-        """
-        if latents.ndim != 5 or latents.shape[1] != self.cfg.latent_channels:
-            raise ValueError(
-                f"latents of shape {list(latents.shape)} cannot be decoded; give "
-                f"[batch, {self.cfg.latent_channels}, frames, height, width]"
-            )
-        return tiled(self._decode_tile, latents, Tiling.for_decode(self.cfg))
-
-    def scale(self, latents: Latents) -> Latents:
-        """Return latents with a standard deviation near 1, as the transformer sees them."""
-        return latents * self.cfg.scaling_factor
-
-    def unscale(self, latents: Latents) -> Latents:
-        """Return latents as ``decode`` takes them."""
-        return latents / self.cfg.scaling_factor
-
-    def _encode_tile(self, pixels: Tensor) -> Tensor:
+    def encode_tile(self, pixels: Tensor) -> Tensor:
+        """Return mean and log-variance of pixels that are not cut further."""
         return self.quant_conv(self.encoder(pixels))
 
-    def _decode_tile(self, latents: Tensor) -> Tensor:
+    def decode_tile(self, latents: Tensor) -> Tensor:
+        """Return pixels of latents that are not cut further."""
         return self.decoder(self.post_quant_conv(latents))
-
-
-def check_pixels(shape: torch.Size, colours: int) -> None:
-    """Raise ValueError, with the nearest legal values, unless the shape can be encoded."""
-    if len(shape) != 5 or shape[1] != colours:
-        raise ValueError(
-            f"pixels of shape {list(shape)} cannot be encoded; give "
-            f"[batch, {colours}, frames, height, width]"
-        )
-    frames, height, width = shape[2:]
-    if frames % TEMPORAL_RATIO != 1:
-        lower = max(1, (frames - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1)
-        raise ValueError(
-            f"a video of {frames} frames cannot be encoded; the number of frames must be "
-            f"{TEMPORAL_RATIO}n+1, nearest are {lower} and {lower + TEMPORAL_RATIO}"
-        )
-    for name, size in (("height", height), ("width", width)):
-        if size % SPATIAL_RATIO or size == 0:
-            lower = max(SPATIAL_RATIO, size // SPATIAL_RATIO * SPATIAL_RATIO)
-            raise ValueError(
-                f"a {name} of {size} px cannot be encoded; it must be a multiple of "
-                f"{SPATIAL_RATIO}, nearest are {lower} and {lower + SPATIAL_RATIO}"
-            )

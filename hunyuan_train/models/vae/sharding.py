@@ -1,6 +1,9 @@
-"""How the VAE is spread over devices, as data."""
+"""How a VAE is spread over devices, as data."""
+
+import torch
 
 from hunyuan_train.models.spec import ShardingPlan
+from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
 
 
@@ -9,14 +12,14 @@ def vae_sharding_plan(cfg: VaeConfig) -> ShardingPlan:
 
     Nothing is cut over tensor-parallel ranks.
     """
-    stages = range(len(cfg.block_channels))
+    with torch.device("meta"):
+        names = [name for name, _ in build_vae(cfg).named_modules()]
+    middles = ("encoder.mid_block", "decoder.mid_block")
+    units = [
+        name for name in names if name in middles or name.rpartition(".")[0].endswith("_blocks")
+    ]
     return ShardingPlan(
-        units=(
-            *(f"encoder.down_blocks.{i}" for i in stages),
-            "encoder.mid_block",
-            "decoder.mid_block",
-            *(f"decoder.up_blocks.{i}" for i in stages),
-        ),
+        units=tuple(units),
         cuts=(),
         per_head=(),
         per_token=(),

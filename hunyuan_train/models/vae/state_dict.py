@@ -11,14 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.model import CausalVae3D
+from hunyuan_train.models.vae.base import Vae
+from hunyuan_train.models.vae.build import build_vae
+from hunyuan_train.models.vae.config import KINDS, TEMPORAL_RATIO, VAE_884, VAE_HY15, VaeConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# Our fields by the names that the configs of the released checkpoint and of diffusers use; the keys
-# of the weights need no map.
+# Our fields by the names that the configs of the released checkpoints and of diffusers use; the
+# keys of the weights need no map.
 RELEASED_FIELDS = {
     "in_channels": "in_channels",
     "out_channels": "out_channels",
@@ -29,9 +30,24 @@ RELEASED_FIELDS = {
     "mid_block_add_attention": "mid_attention",
     "scaling_factor": "scaling_factor",
 }
+ONLY_884 = ("norm_groups", "mid_attention")
+RELEASED_CLASSES = {VAE_884: "AutoencoderKLHunyuanVideo", VAE_HY15: "AutoencoderKLHunyuanVideo15"}
+RELEASED_RATIOS = ("spatial_compression_ratio", "ffactor_spatial")
+MATCHES = ("downsample_match_channel", "upsample_match_channel")
 
 
-def load_vae(folder: Path | str, device: torch.device | str = "cpu") -> CausalVae3D:
+def hunyuan_15_config() -> VaeConfig:
+    """Return the config of the released HunyuanVideo-1.5 VAE."""
+    return VaeConfig(
+        kind=VAE_HY15,
+        latent_channels=32,
+        block_channels=[128, 256, 512, 1024, 1024],
+        scaling_factor=1.03682,
+        tile_temporal=False,
+    )
+
+
+def load_vae(folder: Path | str, device: torch.device | str = "cpu") -> Vae:
     """Return the VAE stored in a folder, in evaluation mode.
 
     Args:
@@ -51,7 +67,7 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu") -> CausalVa
             )
     cfg = load_vae_config(folder / CONFIG_FILE)
     with torch.device("meta"):
-        vae = CausalVae3D(cfg)
+        vae = build_vae(cfg)
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -85,7 +101,7 @@ def load_vae_config(path: Path) -> VaeConfig:
     return VaeConfig(**fields)
 
 
-def save_vae(vae: CausalVae3D, folder: Path | str) -> None:
+def save_vae(vae: Vae, folder: Path | str) -> None:
     """Write ``config.json`` and ``model.safetensors`` so that neither is ever seen half-written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +115,7 @@ def save_vae(vae: CausalVae3D, folder: Path | str) -> None:
     config.replace(folder / CONFIG_FILE)
 
 
-def check_weights(vae: CausalVae3D, state: Mapping[str, Tensor], where: str) -> None:
+def check_weights(vae: Vae, state: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError, naming the first wrong key, unless ``state`` fits the VAE exactly."""
     wanted = {key: list(value.shape) for key, value in vae.state_dict().items()}
     for problem, keys in (
@@ -119,16 +135,51 @@ def check_weights(vae: CausalVae3D, state: Mapping[str, Tensor], where: str) -> 
 
 
 def config_from_released(fields: Mapping[str, Any]) -> VaeConfig:
-    """Return our config for the ``config.json`` of the released checkpoint or of diffusers.
+    """Return our config for the ``config.json`` of a released checkpoint or of diffusers.
 
-    Fields without a counterpart (block types, activation, paths) are fixed in this architecture.
+    Fields without a counterpart (block types, activation, paths) are fixed in these architectures.
+
+    Raises:
+        ValueError: If the architecture is neither of the two, or one of its fields does not fit.
     """
+    kind = _released_kind(fields)
     ours = {name: fields[theirs] for theirs, name in RELEASED_FIELDS.items() if theirs in fields}
     if "block_channels" in ours:
         ours["block_channels"] = list(ours["block_channels"])
-    return VaeConfig(**ours)
+    if kind == VAE_884:
+        return VaeConfig(**ours)
+    ours = {name: value for name, value in ours.items() if name not in ONLY_884}
+    return dataclasses.replace(hunyuan_15_config(), **ours)
 
 
 def config_to_released(cfg: VaeConfig) -> dict[str, Any]:
-    """Return the fields of a diffusers ``AutoencoderKLHunyuanVideo`` config for ours."""
-    return {theirs: getattr(cfg, name) for theirs, name in RELEASED_FIELDS.items()}
+    """Return the fields of the config of the diffusers class in ``RELEASED_CLASSES`` for ours."""
+    fields = {theirs: getattr(cfg, name) for theirs, name in RELEASED_FIELDS.items()}
+    if cfg.kind == VAE_884:
+        return fields
+    fields = {theirs: v for theirs, v in fields.items() if RELEASED_FIELDS[theirs] not in ONLY_884}
+    ratios = {
+        "spatial_compression_ratio": cfg.spatial_ratio,
+        "temporal_compression_ratio": cfg.temporal_ratio,
+    }
+    return fields | ratios | dict.fromkeys(MATCHES, True)
+
+
+def _released_kind(fields: Mapping[str, Any]) -> str:
+    """Tell the kind from the class or, where none is named, from the ratio in space."""
+    ratio = next((fields[name] for name in RELEASED_RATIOS if name in fields), None)
+    kinds = {value: kind for kind, value in RELEASED_CLASSES.items()}
+    kind = kinds.get(fields.get("_class_name", ""))
+    if kind is None:
+        kind = VAE_HY15 if ratio == KINDS[VAE_HY15].spatial_ratio else VAE_884
+    pace = fields.get("temporal_compression_ratio", fields.get("ffactor_temporal", TEMPORAL_RATIO))
+    wanted = KINDS[kind].spatial_ratio
+    if ratio not in (None, wanted) or pace != TEMPORAL_RATIO:
+        raise ValueError(
+            f"a VAE that shrinks space by {ratio} and time by {pace} is not one of HunyuanVideo's; "
+            f"{kind} has {wanted} and {TEMPORAL_RATIO}"
+        )
+    for name in MATCHES:
+        if kind == VAE_HY15 and not fields.get(name, True):
+            raise ValueError(f"a VAE with {name}=false is not HunyuanVideo-1.5's, which has true")
+    return kind
