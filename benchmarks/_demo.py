@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 RECIPE = "recipe=demo_full"
 QUICK = [
     "demo.num_clips=12", "demo.num_images=6", "demo.num_prompts=1", "demo.num_held_out=6",
-    "demo.ranks=1", "vae_training.steps=2", "model.hidden_size=32", "model.num_heads=1",
+    "demo.ranks=1", "model.hidden_size=32", "model.num_heads=1",
     "model.num_double_blocks=1", "model.num_single_blocks=1", "optimizer.warmup_steps=0",
     "optimizer.unfreeze={}", "stage.steps=2", "sample.steps=2", "certify.at_start=false",
     "checkpoint.asynchronous=false", "logging.progress=off",

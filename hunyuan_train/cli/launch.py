@@ -9,7 +9,7 @@ from hunyuan_train.engine.launching import launch_verb
 from hunyuan_train.engine.ledger import stage_folder
 from hunyuan_train.observability.logging import setup_logging
 
-VERBS = ("train", "curriculum", "train-vae", "precompute", "certify")
+VERBS = ("train", "curriculum", "precompute", "certify")
 USAGE = f"""\
 usage: hunyuan-train launch VERB [group=name] [section.field=value] ...
 

@@ -8,7 +8,6 @@ from hunyuan_train.resilience.crashes import record_crash
 VERBS = {
     "train": "train one stage; under torchrun on every rank",
     "curriculum": "run the stages of conf/curriculum, each after the one it needs",
-    "train-vae": "train a VAE on the clips of data.source, into run.vae",
     "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",
     "plan": "layouts that fit a cluster and what they take; `plan data`, `verify`, `budget`",

@@ -14,5 +14,5 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(run_folder(argv))
     cfg = load_config(newest_weights(folder).config, argv)
     samples = Path(cfg.sample.output) if cfg.sample.output else folder / "samples"
-    print(report_run(folder, samples, Path(cfg.run.vae) if cfg.run.vae else None))
+    print(report_run(folder, samples))
     return 0

@@ -6,11 +6,19 @@ from typing import Any
 
 from hunyuan_train.config.curriculum import Transform
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 
 
 def model_identity(cfg: RunConfig) -> dict[str, Any]:
-    """Return what a checkpoint says of its model: its section, and that of its adapters if any."""
+    """Return what a checkpoint says of its model: its section, and that of its adapters if any.
+
+    Of a VAE it is all that decides the weights; the scaling factor and tiles do not.
+    """
+    if cfg.stage.trains is Trains.vae:
+        free = ("scaling_factor", "tile_")
+        fields = {n: v for n, v in asdict(cfg.vae).items() if not n.startswith(free)}
+        return {"trains": str(Trains.vae), **fields}
     return asdict(cfg.model) | ({"lora": asdict(cfg.lora)} if cfg.lora.rank else {})
 
 
@@ -26,6 +34,15 @@ def unexplained(
         now: The model section of the stage.
         transforms: What is done to the weights.
     """
+    kinds = [str(identity.get("trains", Trains.model)) for identity in (then, now)]
+    if kinds[0] != kinds[1]:
+        return [f"stage.trains is {kinds[0]} there and {kinds[1]} here"]
+    if kinds[0] == Trains.vae:
+        return [
+            f"vae.{name} is {then.get(name)} there and {now.get(name)} here"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ] + [f"the transform {name} is not for a VAE; leave it out" for name in transforms]
     then = asdict(HunyuanConfig()) | dict(then)
     now = asdict(HunyuanConfig()) | dict(now)
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}

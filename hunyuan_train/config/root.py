@@ -16,6 +16,7 @@ from hunyuan_train.models.lora_config import LoraConfig
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.objectives.config import FlowMatchingConfig
 from hunyuan_train.objectives.vae_config import VaeTrainingConfig
+from hunyuan_train.objectives.vae_loss_config import VaeLossConfig
 from hunyuan_train.observability.config import LoggingConfig
 from hunyuan_train.optim.config import OptimizerConfig
 from hunyuan_train.parallel.config import ParallelConfig
@@ -31,6 +32,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     vae: VaeConfig
     vae_training: VaeTrainingConfig = field(default_factory=VaeTrainingConfig)
+    vae_loss: VaeLossConfig = field(default_factory=VaeLossConfig)
     text: TextEncoderConfig
     data: DataConfig
     objective: FlowMatchingConfig

@@ -32,12 +32,25 @@ class RunSection:
     """Go on in run.dir although its config differs from this one."""
 
 
+class Trains(StrEnum):
+    """Which network a stage trains."""
+
+    model = "model"
+    """The diffusion transformer, on latents and text."""
+    vae = "vae"
+    """The autoencoder, on pixels."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     """One training stage: how long, on how much at once, and from where."""
 
     name: str = "stage"
     """Name of the stage, for logs and charts."""
+
+    trains: Trains = Trains.model
+    """model: the diffusion transformer; vae: the autoencoder of `vae`, on the clips of
+    `data.source`, written to `run.vae` at the end."""
 
     steps: int = 1000
     """Most optimizer updates of the stage."""

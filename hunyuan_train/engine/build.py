@@ -15,12 +15,14 @@ from hunyuan_train.checkpoint.tensor_digest import boxes, digest_boxes
 from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.model_changes import model_identity
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.data import build_loader, open_data, token_limit
 from hunyuan_train.engine.fitting import fit_kernels, fit_memory
 from hunyuan_train.engine.footprint import trained_share
 from hunyuan_train.engine.start import start_from
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.engine.teacher import build_teacher
+from hunyuan_train.engine.vae_build import build_vae_state, draw_weights
 from hunyuan_train.models.lora import add_adapters, is_adapter, narrow_frozen
 from hunyuan_train.models.registry import build_model, init_rules, sharding_plan
 from hunyuan_train.models.spec import InitRule
@@ -73,6 +75,9 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
     Raises:
         ValueError: if the latents do not fit the config or a checkpoint belongs to another model.
     """
+    if cfg.stage.trains is Trains.vae:
+        state = build_vae_state(cfg, world)
+        return started(cfg, world, state, cfg.vae.scaling_factor)
     stores = open_data(cfg, world)
     axes = build_axes(cfg.parallel, world.device.type, world.size)
     model, rules = lay_out(cfg, axes, world.device)
@@ -95,16 +100,21 @@ def build_run(cfg: RunConfig, world: World) -> TrainRun:
         trained=trained_share(cfg),
         teacher=build_teacher(cfg, axes, world) if cfg.objective.distill else None,
     )
-    folder = Path(cfg.run.dir)
+    return started(cfg, world, state, next(iter(stores.values())).meta.scaling_factor)
+
+
+def started(cfg: RunConfig, world: World, state: TrainState, scaling_factor: float) -> TrainRun:
+    """Return the run around a fresh state, which takes what is on disk or what it starts from."""
+    axes = state.model.axes
     run = TrainRun(
         cfg=cfg,
         world=world,
-        folder=folder,
-        scaling_factor=next(iter(stores.values())).meta.scaling_factor,
+        folder=Path(cfg.run.dir),
+        scaling_factor=scaling_factor,
         state=state,
         checkpoints=build_checkpoints(cfg),
         snapshots=build_snapshots(cfg, world),
-        replicas=Replicas(cfg.resilience, model.axes, lambda part: digest_boxes(boxes(part))),
+        replicas=Replicas(cfg.resilience, axes, lambda part: digest_boxes(boxes(part))),
     )
     run.restored = restore(run)
     if run.restored is None and cfg.stage.init_from:
@@ -201,7 +211,11 @@ def restore(run: TrainRun, *, before: int | None = None) -> Restored | None:
 def start_fresh(run: TrainRun) -> None:
     """Put a run that has moved on back to its first step, to the last bit."""
     cfg, state = run.cfg, run.state
-    init_weights(state.updates, model_and_rules(cfg)[1], cfg.run.seed)
+    if state.task is None:
+        init_weights(state.updates, model_and_rules(cfg)[1], cfg.run.seed)
+    else:
+        draw_weights(state.updates, cfg)
+        state.task.reset()
     for moments in state.updates.local_moments().values():
         for tensor in moments.values():
             tensor.zero_()

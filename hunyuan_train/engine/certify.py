@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.config.run import CertifyWidth
+from hunyuan_train.config.run import CertifyWidth, Trains
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.engine.certified import is_certified, remember
 from hunyuan_train.engine.trial import MicroBatch, TrialResult, reference_config, run_trial
@@ -97,12 +97,13 @@ def certify(cfg: RunConfig, world: World) -> list[Certificate]:
 def certify_start(cfg: RunConfig, world: World) -> None:
     """Prove the layout of a run on several ranks with a small model, in a few seconds.
 
-    A restart leaves out what an earlier attempt of the run has proved.
+    A restart leaves out what an earlier attempt of the run has proved. The slice is of the
+    diffusion model, so a stage that trains the VAE has no such proof.
 
     Raises:
         ValueError: the layout computes something else; names the groups of parameters.
     """
-    if world.size == 1 or not cfg.certify.at_start:
+    if world.size == 1 or not cfg.certify.at_start or cfg.stage.trains is Trains.vae:
         return
     if is_certified(cfg, world):
         log.info("certified by an earlier attempt: %s", describe_layout(cfg, world.size))

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from hunyuan_train.checkpoint.load import read_manifest
 from hunyuan_train.config.compose import compose_config, config_dict
-from hunyuan_train.config.model_changes import unexplained
+from hunyuan_train.config.model_changes import model_identity, unexplained
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.build import build_checkpoints
 from hunyuan_train.engine.ending import stage_end
 from hunyuan_train.engine.ledger import (
@@ -61,13 +62,19 @@ def compose_stages(overrides: Sequence[str], cfg: RunConfig) -> dict[str, RunCon
     for name, stage in stages.items():
         if not (after := cfg.curriculum.stages[name].after):
             continue
-        reasons = unexplained(
-            config_dict(stages[after].model), config_dict(stage.model), stage.stage.transform
-        )
+        before, now = (comparable(one) for one in (stages[after], stage))
+        reasons = unexplained(before, now, stage.stage.transform)
         problems += [f"stage {name} cannot start from {after}: {reason}" for reason in reasons]
     if problems:
         raise ValueError("\n".join(problems))
     return stages
+
+
+def comparable(stage: RunConfig) -> dict[str, Any]:
+    """Return what decides whether a stage can start from another, adapters aside."""
+    if stage.stage.trains is Trains.vae:
+        return model_identity(stage)
+    return config_dict(stage.model)
 
 
 def run_curriculum(

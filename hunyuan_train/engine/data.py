@@ -202,12 +202,12 @@ def build_loader(
         cfg.run.seed,
         axes.rank("dp"),
         axes.size("dp"),
-        agree=_agreement(axes, world.device),
+        agree=agreement(axes, world.device),
         quarantine=Path(cfg.run.dir) / QUARANTINE_NAME if axes.is_writer else None,
     )
 
 
-def _agreement(axes: Axes, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def agreement(axes: Axes, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Return how ranks that share a batch agree on its bad samples, None for a rank alone."""
     if axes.size("model") == 1:
         return None

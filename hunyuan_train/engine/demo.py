@@ -21,13 +21,13 @@ from hunyuan_train.data.shapes import (
     held_out_prompts,
 )
 from hunyuan_train.engine.demo_stages import every_stage_fields, stage_scores
-from hunyuan_train.engine.embedded_data import Stopwatch, make_data
+from hunyuan_train.engine.embedded_data import VAE_RUN, Stopwatch, make_data
 from hunyuan_train.engine.reporting import (
     data_tables,
     machine,
     run_stages,
     sample_grid,
-    vae_curves,
+    term_curves,
 )
 from hunyuan_train.engine.story import (
     evaluation_tables,
@@ -142,9 +142,18 @@ def _write_report(
         targets={"colour": 0.90, "shape": 0.70, "direction": 0.85},
         opening=opening_tables(folder),
         stages=run_stages(folder),
-        grids=[dataclasses.replace(trained, verdicts=verdicts), untrained, *progress_grids(folder)],
-        tables=[*evaluation_tables(folder), *data_tables(folder)],
-        extra_curves=vae_curves(folder / "vae"),
+        grids=[
+            dataclasses.replace(trained, verdicts=verdicts),
+            untrained,
+            *progress_grids(folder),
+            *progress_grids(folder / VAE_RUN),
+        ],
+        tables=[
+            *evaluation_tables(folder),
+            *evaluation_tables(folder / VAE_RUN),
+            *data_tables(folder),
+        ],
+        extra_curves=term_curves({"VAE": folder / VAE_RUN}),
         settings=machine(),
         fps=cfg.sample.fps,
     )

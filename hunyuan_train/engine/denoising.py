@@ -56,6 +56,9 @@ class Denoising:
             computed_flops=computed + other,
         )
 
+    def start_update(self, step: int, rate: float) -> None:
+        """Do nothing: every update is alike."""
+
     def forward(self, module: nn.Module, batch: MicroBatch, total: int) -> tuple[Tensor, MicroStep]:
         """Compute a micro-batch; the loss is summed over the tokens that count."""
         batch = cast(Batch, batch)

@@ -12,6 +12,9 @@ from hunyuan_train.runtime.processes import run_ranks
 
 log = logging.getLogger(__name__)
 
+VAE_RUN = "vae-training"
+"""Folder of the VAE's training below ``run.dir``."""
+
 
 class Stopwatch:
     """Seconds each named part took, kept on disk so that a restart reports them all."""
@@ -57,6 +60,7 @@ def make_data(cfg: RunConfig, arguments: Sequence[str], watch: Stopwatch) -> lis
         write_shapes_dataset(clips, demo.num_clips, demo.num_images, cfg.run.seed)
 
     watch.run("draw clips", draw)
-    watch.run("train the VAE", lambda: run_ranks("train-vae", [*fields, "run.threads=2"], 1))
+    own = [*fields, "stage=demo_vae", f"run.dir={folder / VAE_RUN}", f"run.name={VAE_RUN}"]
+    watch.run("train the VAE", lambda: run_ranks("train", [*own, "run.threads=2"], 1))
     watch.run("precompute", lambda: run_ranks("precompute", fields, demo.ranks))
     return found

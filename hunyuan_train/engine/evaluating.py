@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.evaluation_notes import EvaluationNotes
 from hunyuan_train.engine.held_out import HeldOut, averaged
@@ -25,6 +26,7 @@ from hunyuan_train.runtime.dist import gather_objects
 
 if TYPE_CHECKING:
     from hunyuan_train.engine.showing import Showing
+    from hunyuan_train.engine.vae_held_out import Comparisons, HeldOutClips
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,23 @@ EMA = "ema/"
 """Before the names of what was measured with averaged weights."""
 
 
-def open_showing(run: TrainRun) -> "Showing":
+def open_held_out(run: TrainRun) -> "HeldOut | HeldOutClips":
+    """Return what measures a run's model on held-out data."""
+    if run.cfg.stage.trains is not Trains.vae:
+        return HeldOut(run)
+    from hunyuan_train.engine.vae_held_out import HeldOutClips
+
+    return HeldOutClips(run)
+
+
+def open_showing(run: TrainRun) -> "Showing | Comparisons":
     """Return what makes a run's samples."""
     # Imported here because writing pictures and videos takes packages that training, which is
     # started again and again, does without.
+    if run.cfg.stage.trains is Trains.vae:
+        from hunyuan_train.engine.vae_held_out import Comparisons
+
+        return Comparisons(run)
     from hunyuan_train.engine.showing import Showing
 
     return Showing(run)
@@ -54,7 +69,7 @@ class Evaluation:
         self._run, self._cfg = run, run.cfg.evaluation
         on = bool(self._cfg.every_steps or self._cfg.sample_every)
         self._notes = EvaluationNotes(run.folder) if on and run.world.rank == 0 else None
-        self._held_out = HeldOut(run) if self._cfg.every_steps else None
+        self._held_out = open_held_out(run) if self._cfg.every_steps else None
         self._showing = open_showing(run) if self._cfg.sample_every else None
         self._background = Background(self._cfg.max_pending)
 

@@ -12,12 +12,14 @@ from hunyuan_train.config.compose import (
     save_config,
 )
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.build import TrainRun, build_run
 from hunyuan_train.engine.certify import certify_start
 from hunyuan_train.engine.evaluating import Evaluation
 from hunyuan_train.engine.meter import StepMeter
 from hunyuan_train.engine.step import train_step
 from hunyuan_train.engine.supervision import Supervision, job_folder, open_clock
+from hunyuan_train.engine.vae_export import export_vae
 from hunyuan_train.resilience.heartbeat import Heartbeat
 from hunyuan_train.resilience.preemption import Preemption
 from hunyuan_train.runtime.dist import World, barrier
@@ -99,7 +101,11 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
         clock.lap("build")
         log.info("%s", run.state.loader.describe())
         with StepMeter(run) as meter, Supervision(run, heart, clock) as watch, evaluation:
-            return run_steps(run, meter, watch, evaluation, preemption)
+            outcome = run_steps(run, meter, watch, evaluation, preemption)
+            if outcome is Outcome.DONE and cfg.stage.trains is Trains.vae:
+                with watch.heart.phase("save"):
+                    export_vae(run)
+            return outcome
 
 
 def run_steps(

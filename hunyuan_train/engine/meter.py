@@ -21,6 +21,15 @@ from hunyuan_train.runtime.device import peak_memory_bytes, synchronize
 from hunyuan_train.runtime.dist import max_over_ranks
 
 
+def mean_terms(steps: Sequence[StepMetrics]) -> dict[str, Tensor]:
+    """Return the means of what the task shows, each over the updates that have it."""
+    names = dict.fromkeys(name for step in steps for name in step.terms)
+    return {
+        name: torch.stack([s.terms[name] for s in steps if name in s.terms]).mean()
+        for name in names
+    }
+
+
 class StepMeter:
     """Keeps step metrics on the device and writes their means, one transfer per row."""
 
@@ -47,7 +56,9 @@ class StepMeter:
         table = run.folder / LOSSES_NAME if run.world.rank == 0 else None
         levels = cfg.evaluation.quantiles
         kinds = run.state.loader.kinds
-        self._losses = LossMeter(kinds, levels, cfg.objective, axes, device, table, step)
+        self._losses = None
+        if run.state.task is None:  # else there are no noise levels
+            self._losses = LossMeter(kinds, levels, cfg.objective, axes, device, table, step)
         self._balance: list[float] = []
         self._steps: list[StepMetrics] = []
 
@@ -59,7 +70,8 @@ class StepMeter:
     def _close(self) -> None:
         self._logger.close()
         self._buckets.close()
-        self._losses.close()
+        if self._losses is not None:
+            self._losses.close()
 
     def __enter__(self) -> "StepMeter":
         """Start the progress line."""
@@ -113,9 +125,11 @@ class StepMeter:
         clock.lap(STEP)
         for metrics in steps:
             self._buckets.add(metrics.micro_steps, metrics.watch.seconds())
-            self._losses.add(metrics.micro_steps)
+            if self._losses is not None:
+                self._losses.add(metrics.micro_steps)
         self._buckets.emit(run.state.step)
-        self._losses.emit(run.state.step)
+        if self._losses is not None:
+            self._losses.emit(run.state.step)
         rates = self._throughput.take()
         memory = peak_memory_bytes(run.world.device) / 2**30
         worst = max_over_ranks(torch.tensor([memory, rates["data_wait"]], dtype=torch.float64))
@@ -126,6 +140,7 @@ class StepMeter:
         row: dict[str, Tensor | float | int | str] = {
             "loss": torch.stack([s.loss for s in steps]).mean(),
             "grad_norm": torch.stack([s.grad_norm for s in steps]).mean(),
+            **mean_terms(steps),
             "lr": steps[-1].lr,
             **rates,
             "peak_gib": worst[0].item(),

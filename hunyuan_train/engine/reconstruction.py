@@ -48,9 +48,7 @@ class Reconstruction:
         device: Where the network is.
     """
 
-    def __init__(
-        self, cfg: RunConfig, vae: Vae, axes: Axes, device: torch.device
-    ) -> None:
+    def __init__(self, cfg: RunConfig, vae: Vae, axes: Axes, device: torch.device) -> None:
         self._cfg, self._vae, self._axes, self._device = cfg, vae, axes, device
         self._dtype = getattr(torch, cfg.parallel.compute_dtype)
         loss = cfg.vae_loss
@@ -60,10 +58,8 @@ class Reconstruction:
 
     def work(self, batch: MicroBatch, mode: BucketMode) -> Work:
         """Count a micro-batch: of the VAE alone, without discriminator and perceptual network."""
-        cut = _cut_size(batch.bucket.height, batch.bucket.width, self._cfg.vae_training)
-        flops = len(batch.sample_ids) * forward_flops(
-            _frozen(self._cfg), batch.bucket.frames, *cut
-        )
+        cut = cut_size(batch.bucket.height, batch.bucket.width, self._cfg.vae_training)
+        flops = len(batch.sample_ids) * forward_flops(frozen(self._cfg), batch.bucket.frames, *cut)
         again = 0.0 if mode.recompute is Recompute.none else flops
         return Work(
             counted=len(batch.sample_ids), flops=3.0 * flops, computed_flops=3.0 * flops + again
@@ -75,14 +71,20 @@ class Reconstruction:
         cfg, weight = self._cfg, batch.weight
         pixels = to_network(cut(batch, cfg), self._device, self._dtype)
         noise = self._noise(batch, pixels.shape).to(pixels)
-        with tiling(self._vae, self._in_tiles(batch)):
+        in_tiles = self._in_tiles(batch)
+        with tiling(self._vae, on=in_tiles):
             decoded, mean, std = module(pixels, noise)
         kl = Posterior(mean, std).kl()
         leaf = decoded.detach().float().requires_grad_()
         parts = reconstruction_loss(
             leaf, pixels.float(), kl.detach(), cfg.vae_loss, self.perceptual_or_none
         )
-        (wanted,) = torch.autograd.grad(parts.total.sum() * weight, leaf)
+        error = parts.total
+        if in_tiles and cfg.vae_training.tiling_consistency:
+            error = error + cfg.vae_training.tiling_consistency * self._seams(
+                leaf, module, pixels, noise
+            )
+        (wanted,) = torch.autograd.grad(error.sum() * weight, leaf)
         if self.rival is not None:
             wanted = wanted + self.rival.judge(leaf, pixels.float(), wanted, weight, total)
         # Its gradient is the wanted one; its value means nothing.
@@ -147,6 +149,12 @@ class Reconstruction:
         rows = [keyed_normal(one, self._cfg.run.seed, "vae_posterior", key) for key in keys]
         return torch.stack(rows)
 
+    def _seams(self, leaf: Tensor, module: nn.Module, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Return the error [B] of a reconstruction in tiles against the one of the whole."""
+        with torch.no_grad(), tiling(self._vae, on=False):
+            whole, _, _ = module(pixels, noise)
+        return (leaf - whole.float()).abs().flatten(1).mean(dim=1)
+
     def _in_tiles(self, batch: PixelBatch) -> bool:
         drawn = keyed_generator(self._cfg.run.seed, "vae_tiling", *_key(batch))
         return bool(drawn.random() < self._cfg.vae_training.tiling_share)
@@ -161,7 +169,7 @@ def latent_shape(cfg: VaeConfig, pixels: torch.Size) -> tuple[int, int, int, int
 
 
 @contextmanager
-def tiling(vae: Vae, on: bool) -> Iterator[None]:
+def tiling(vae: Vae, *, on: bool) -> Iterator[None]:
     """Have the VAE work in the tiles of its config, or whole, inside a ``with`` block."""
     kept = vae.cfg
     if not on:
@@ -179,7 +187,7 @@ def cut(batch: PixelBatch, cfg: RunConfig) -> Tensor:
     """
     pixels = batch.pixels
     height, width = pixels.shape[2:4]
-    tall, wide = _cut_size(height, width, cfg.vae_training)
+    tall, wide = cut_size(height, width, cfg.vae_training)
     drawn = keyed_generator(cfg.run.seed, "vae_crop", *_key(batch))
     top, left = int(drawn.integers(height - tall + 1)), int(drawn.integers(width - wide + 1))
     return pixels[:, :, top : top + tall, left : left + wide]
@@ -196,12 +204,12 @@ def _key(batch: PixelBatch) -> tuple[str, int]:
     return batch.sample_ids[0], batch.epochs[0]
 
 
-def _cut_size(height: int, width: int, cfg: VaeTrainingConfig) -> tuple[int, int]:
+def cut_size(height: int, width: int, cfg: VaeTrainingConfig) -> tuple[int, int]:
     most = cfg.crop_px or max(height, width)
     return min(height, most), min(width, most)
 
 
-def _frozen(cfg: RunConfig) -> tuple[tuple[str, Any], ...]:
+def frozen(cfg: RunConfig) -> tuple[tuple[str, Any], ...]:
     """Return the VAE's config as something that can be a key."""
     fields: Mapping[str, Any] = {
         name: getattr(cfg.vae, name) for name in cfg.vae.__dataclass_fields__
@@ -210,9 +218,7 @@ def _frozen(cfg: RunConfig) -> tuple[tuple[str, Any], ...]:
 
 
 @lru_cache(maxsize=512)
-def forward_flops(
-    vae: tuple[tuple[str, Any], ...], frames: int, height: int, width: int
-) -> int:
+def forward_flops(vae: tuple[tuple[str, Any], ...], frames: int, height: int, width: int) -> int:
     """Count the multiply-adds, twice each, of one sample through encoder and decoder, untiled.
 
     Args:

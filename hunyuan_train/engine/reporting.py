@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hunyuan_train.config.compose import CONFIG_NAME, load_config
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.bucket_meter import FILE_NAME as BUCKETS_NAME
 from hunyuan_train.engine.data import QUARANTINE_NAME
 from hunyuan_train.engine.goodput import goodput_table
@@ -20,7 +21,6 @@ from hunyuan_train.engine.story import (
     progress_grids,
     stage_folders,
 )
-from hunyuan_train.engine.vae_run import SUMMARY_NAME
 from hunyuan_train.evaluation.bucket_stats import (
     bucket_table,
     quarantine_table,
@@ -30,6 +30,12 @@ from hunyuan_train.evaluation.report import Report, SampleGrid, StageCurves, Tab
 from hunyuan_train.evaluation.video import read_png, read_video
 
 SHOWN_SAMPLES = 32
+METRICS_NAME = "metrics.jsonl"
+VAE_TERMS = (
+    "absolute", "squared", "gradient", "gabor-pyramid", "lpips-alex", "lpips-vgg", "kl",
+    "adversarial", "discriminator",
+)  # fmt: skip
+"""Columns of the metrics of a stage that trains a VAE which are shown as curves."""
 
 
 def run_stages(folder: Path) -> list[StageCurves]:
@@ -38,7 +44,7 @@ def run_stages(folder: Path) -> list[StageCurves]:
     Raises:
         ValueError: if the folder is not a run's or holds no metrics.
     """
-    metrics = {name: path / "metrics.jsonl" for name, path in stage_folders(folder).items()}
+    metrics = {name: path / METRICS_NAME for name, path in stage_folders(folder).items()}
     curves = [StageCurves.read(name, path) for name, path in metrics.items() if path.is_file()]
     if not curves:
         raise ValueError(f"{folder} holds no metrics.jsonl; give run.dir the folder of a run")
@@ -55,15 +61,23 @@ def sample_grid(
     return SampleGrid(title=title, videos=videos, captions=names, note=note)
 
 
-def vae_curves(vae_folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return the loss curves of a VAE trained by ``train-vae``, nothing for another VAE."""
-    path = vae_folder / SUMMARY_NAME
-    if not path.is_file():
-        return {}
-    rows = json.loads(path.read_text())["curve"]
-    names = {"absolute": "absolute error", "kl": "KL, nats per pixel value"}
-    lines = {label: [(row["step"], row[key]) for row in rows] for key, label in names.items()}
-    return {"VAE training": lines}
+def term_curves(stages: Mapping[str, Path]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return the terms of the loss of every stage that trains a VAE.
+
+    Args:
+        stages: Folders of stages by name.
+    """
+    found = {}
+    for name, path in stages.items():
+        file = path / METRICS_NAME
+        if not file.is_file() or load_config(path / CONFIG_NAME).stage.trains is not Trains.vae:
+            continue
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        names = [key for key in (rows[-1] if rows else {}) if key in VAE_TERMS]
+        found[f"{name}: terms of the loss"] = {
+            key: [(row["step"], row[key]) for row in rows if key in row] for key in names
+        }
+    return found
 
 
 def data_tables(folder: Path) -> list[Table]:
@@ -97,13 +111,12 @@ def machine() -> dict[str, str]:
     }
 
 
-def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
+def report_run(folder: Path, samples: Path) -> Path:
     """Write ``report.html`` and ``report.json`` of a run into its folder.
 
     Args:
         folder: ``run.dir`` of a training run or a curriculum.
         samples: Folder the ``sample`` verb wrote to; left out when it does not exist.
-        vae_folder: Folder of the VAE; its training curve is shown if it was trained here.
 
     Raises:
         ValueError: if the folder is not a run's.
@@ -128,7 +141,7 @@ def report_run(folder: Path, samples: Path, vae_folder: Path | None) -> Path:
                 *data_tables(folder),
                 *([time] if (time := goodput_table(folder)) else []),
             ],
-            extra_curves=vae_curves(vae_folder) if vae_folder else {},
+            extra_curves=term_curves(stage_folders(folder)),
             settings=machine(),
         ),
     )

@@ -81,7 +81,9 @@ class Rival:
         loss = self._cfg.vae_loss
         verdict = adversarial_term(self.module(decoded))
         (slope,) = torch.autograd.grad(verdict.sum() * weight, decoded)
-        self._squares += torch.stack([wanted.double().square().sum(), slope.double().square().sum()])
+        self._squares += torch.stack(
+            [wanted.double().square().sum(), slope.double().square().sum()]
+        )
         each = discriminator_loss(self.module(pixels), self.module(decoded.detach()))
         if loss.gradient_penalty:
             each = each + loss.gradient_penalty * gradient_penalty(self.module, pixels)
@@ -104,8 +106,10 @@ class Rival:
         own = self._updates.clip(self._cfg.optimizer.clip_norm)
         self._updates.step(torch.where(torch.isfinite(norm), own, torch.full_like(own, torch.nan)))
         squares = self._axes.sum(self._squares, "dp")
-        ratio = (squares[0] / (squares[1] + _SMALLEST)).sqrt().clamp(
-            max=self._cfg.vae_loss.adaptive_most
+        ratio = (
+            (squares[0] / (squares[1] + _SMALLEST))
+            .sqrt()
+            .clamp(max=self._cfg.vae_loss.adaptive_most)
         )
         self._loudness.copy_(torch.where(torch.isfinite(norm), ratio.float(), self._loudness))
         sums = self._axes.sum(self._sums, "dp")

@@ -30,7 +30,9 @@ from hunyuan_train.config.compose import config_dict
 from hunyuan_train.config.curriculum import Carried, Transform
 from hunyuan_train.config.model_changes import model_identity, unexplained
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.state import TrainState, scheduled_rate
+from hunyuan_train.engine.task import Task
 from hunyuan_train.memory.config import StateType
 from hunyuan_train.models.lora import is_adapter
 from hunyuan_train.parallel.view import fill_part
@@ -71,7 +73,8 @@ def _take_run(state: TrainState, cfg: RunConfig, source: Path) -> None:
             "`hunyuan-train convert` and start from that folder, or set lora.rank"
         )
     new = "lora" not in manifest.identity
-    now = config_dict(cfg.model) if new else model_identity(cfg)
+    whole = cfg.stage.trains is Trains.vae or not new
+    now = model_identity(cfg) if whole else config_dict(cfg.model)
     if reasons := unexplained(manifest.identity, now, stage.transform):
         raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(reasons)}")
     reading = _Reading(path, frozenset(stage.transform), bool(cfg.lora.rank) and new)
@@ -90,7 +93,17 @@ def _take_run(state: TrainState, cfg: RunConfig, source: Path) -> None:
                 "memory.optimizer_states=float32"
             )
         reading.fill("optimizer", state.tensors()["optimizer"])
+    if state.task is not None:
+        _take_others(state.task, path, reading, Carried.optimizer in carried)
     _take_counters(state, cfg, manifest)
+
+
+def _take_others(task: Task, path: Path, reading: "_Reading", moments: bool) -> None:
+    """Take over what learns beside the model, where the run before had it."""
+    there = {name.partition("/")[0] for name in stored_tensors(path)}
+    for section, tensors in task.tensors().items():
+        if section in there and (moments or not section.endswith("_optimizer")):
+            reading.fill(section, tensors)
 
 
 def _take_counters(state: TrainState, cfg: RunConfig, manifest: Manifest) -> None:

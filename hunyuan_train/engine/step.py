@@ -137,6 +137,7 @@ def train_step(
     state.lr = scheduled_rate(state, cfg)
     updates.set_learning_rate(state.lr)
     updates.start_update(state.step)
+    task.start_update(state.step, state.lr / cfg.optimizer.lr)
     micro_steps: list[MicroStep] = []
     watch = Stopwatch(world.device)
     watch.mark()

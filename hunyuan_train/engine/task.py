@@ -56,6 +56,10 @@ class Task(Protocol):
         """Count a micro-batch whose activations are kept as ``mode`` says."""
         ...
 
+    def start_update(self, step: int, rate: float) -> None:
+        """Say how many updates are done, and the learning rate over its highest."""
+        ...
+
     def forward(self, module: nn.Module, batch: MicroBatch, total: int) -> tuple[Tensor, MicroStep]:
         """Compute a micro-batch.
 

@@ -117,6 +117,8 @@ class EvaluationConfig:
     latents: str = ""
     """Folder or URL of held-out latents that `precompute` wrote with the encoders of the training
     data. Of them the buckets count that the stage trains on."""
+    clips: str = ""
+    """Folder or manifest of held-out clips and images, for stages that train the VAE."""
     samples_per_bucket: int = 4
     """Samples of each bucket that are measured, spread evenly over those there are."""
     quantiles: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -146,12 +148,12 @@ class EvaluationConfig:
                 f"evaluation.quantiles={self.quantiles} must be numbers between 0 and 1 in "
                 "ascending order, such as [0.1,0.5,0.9]"
             )
-        if self.every_steps and not self.latents:
+        if self.every_steps and not (self.latents or self.clips):
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} needs evaluation.latents; give it the "
                 "folder that `hunyuan-train precompute` wrote for held-out clips"
             )
-        if self.sample_every and not (self.prompts or self.prompts_file):
+        if self.sample_every and not (self.prompts or self.prompts_file or self.clips):
             raise ValueError(
                 f"evaluation.sample_every={self.sample_every} needs evaluation.prompts or "
                 "evaluation.prompts_file"

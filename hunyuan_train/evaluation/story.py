@@ -165,6 +165,13 @@ def _last_evaluation(stage: str, row: Mapping[str, Any], prefix: str) -> Table:
     cells = {name.removeprefix(prefix): v for name, v in row.items() if name.startswith(prefix)}
     levels = [name for name in cells if name.startswith("q")]
     buckets = [name for name in cells if "/" not in name and name[0].isdigit()]
+    if not levels:
+        scores = {name: v for name, v in cells.items() if name.startswith(("image/", "video/"))}
+        return Table(
+            title=f"Reconstruction of held-out clips after update {row['step']:,} of stage {stage}",
+            columns=["score", "value"],
+            rows=[[name, f"{value:.4f}"] for name, value in scores.items()],
+        )
     return Table(
         title=f"Held-out loss after update {row['step']:,} of stage {stage}",
         columns=["bucket", "all noise levels", *levels],

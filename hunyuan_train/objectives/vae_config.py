@@ -1,72 +1,42 @@
-"""The `vae_training` section: how an autoencoder is trained on pixels."""
+"""The `vae_training` section: what is special about stages that train the VAE."""
 
 from dataclasses import dataclass
 
 
 @dataclass(kw_only=True, slots=True)
 class VaeTrainingConfig:
-    """Losses and optimizer of VAE training; the defaults suit conf/vae/tiny on plain shapes."""
+    """How clips are cut, when tiles are trained on, and how the latents' scale is measured."""
 
-    steps: int = 600
-    """Optimizer updates."""
-    kernel_lr: float = 4e-3
-    """Muon's learning rate of kernels and projections, after the warm-up, falling on a cosine."""
-    lr: float = 1e-3
-    """Adam's learning rate of norms and biases, on the same schedule."""
-    min_lr_ratio: float = 0.02
-    """A rate at the last step over its highest."""
-    warmup_steps: int = 20
-    """Steps over which the rates rise linearly."""
-    beta2: float = 0.98
-    """Adam's decay of the second moment; the first has 0.9."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm of an update; 0 only measures it."""
-    ema_decay: float = 0.98
-    """Decay of the averaged weights that are saved; 0 saves the last weights."""
-    mse_weight: float = 5.0
-    """Weight of the squared error beside the absolute error, which has weight 1."""
-    gradient_weight: float = 1.0
-    """Weight of the absolute error of differences between neighbouring pixels: sharp edges."""
-    kl_weight: float = 1e-3
-    """Nats per pixel value: the KL of a sample, summed over its latents, over its number of pixel
-    values. This is the published convention of summing both terms over a sample, so 1e-6 here is
-    the report's 1e-6."""
-    measure_batches: int = 8
-    """Batches after training over which the latents' standard deviation is measured."""
-    batch_size: int = 16
-    """Samples in one batch; all of one bucket."""
-    batch_pixels: int = 40000
-    """Pixels (frames x height x width) a batch is cut to by leaving out samples, down to two."""
-    crop_frames: int = 17
-    """Clips are cut at random to 5, 9, ... frames, at most these; 4n+1."""
-    crop_px: int = 64
-    """Frames are cut at random to at most this width and height; a multiple of 8."""
-    files_per_media: int = 256
-    """At most this many images and as many clips are decoded into memory."""
+    crop_px: int = 0
+    """Frames are cut at random to at most this height and width, a multiple of the VAE's spatial
+    ratio; 0 leaves them whole."""
+    max_interval: int = 1
+    """The frames of a clip are 1 to this many frames of its source apart, drawn anew in every
+    epoch and the same within a clip; the report takes 8."""
+    tiling_share: float = 0.0
+    """Share of the micro-batches that are encoded and decoded in the tiles of `vae`: the report's
+    last phase switches tiles on and off at random, 0.5."""
+    tiling_consistency: float = 0.0
+    """Weight of the error of what tiles reconstruct against what the whole reconstructs, in
+    micro-batches with tiles, beside the error against the recording."""
+    scale_samples: int = 64
+    """Samples over which the latents' standard deviation is measured at the end of a stage; its
+    inverse is the scaling factor."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
-        for name in ("steps", "measure_batches", "batch_size", "batch_pixels", "files_per_media"):
+        if self.crop_px < 0 or self.crop_px % 8:
+            raise ValueError(
+                f"vae_training.crop_px={self.crop_px} must be a multiple of 8, or 0 for none"
+            )
+        for name in ("max_interval", "scale_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vae_training.{name}={getattr(self, name)} must be at least 1")
-        if self.crop_frames < 1 or self.crop_frames % 4 != 1:
-            raise ValueError(f"vae_training.crop_frames={self.crop_frames} must be 4n+1, e.g. 17")
-        if self.crop_px < 8 or self.crop_px % 8:
-            raise ValueError(f"vae_training.crop_px={self.crop_px} must be a multiple of 8")
-        for name in ("kernel_lr", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"vae_training.{name}={getattr(self, name)} must be above 0")
-        for name in ("beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"vae_training.{name}={getattr(self, name)} must be in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"vae_training.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
-        for name in (
-            "warmup_steps",
-            "clip_norm",
-            "mse_weight",
-            "gradient_weight",
-            "kl_weight",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"vae_training.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.tiling_share <= 1:
+            raise ValueError(
+                f"vae_training.tiling_share={self.tiling_share} is a share; set it from 0 to 1"
+            )
+        if not self.tiling_consistency >= 0:
+            raise ValueError(
+                f"vae_training.tiling_consistency={self.tiling_consistency} must not be negative"
+            )

@@ -22,3 +22,8 @@ def part_of_whole(param: Tensor, part: Tensor, function: Callable[[Tensor], Tens
     )
     result = function(spread.full_tensor())
     return distribute_tensor(result, mesh, placements, src_data_rank=None).to_local()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, plain or DTensor; all ranks of its mesh call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

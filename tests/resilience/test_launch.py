@@ -189,9 +189,7 @@ def test_the_gap_between_two_stages_is_no_hang(data: Path, tmp_path: Path) -> No
 def test_only_verbs_that_write_heartbeats_are_watched() -> None:
     cfg = ResilienceConfig(watchdog_s=5)
     found = {verb: launching.watched(verb, cfg).watchdog_s for verb in VERBS}
-    assert found == {
-        "train": 5, "curriculum": 5, "train-vae": 0, "precompute": 0, "certify": 0
-    }  # fmt: skip
+    assert found == {"train": 5, "curriculum": 5, "precompute": 0, "certify": 0}
 
 
 def test_a_layout_that_the_model_cannot_take_is_refused_at_once(tmp_path: Path) -> None:
