@@ -10,6 +10,7 @@ from hunyuan_train.config.root import RunConfig
 from hunyuan_train.memory.config import MemoryConfig
 from hunyuan_train.models.vae.discriminator import PatchDiscriminator
 from hunyuan_train.objectives.vae_loss import (
+    adaptive_ratio,
     adversarial_term,
     discriminator_loss,
     gradient_penalty,
@@ -19,8 +20,6 @@ from hunyuan_train.optim.updates import TorchUpdates
 from hunyuan_train.parallel.apply import ParallelModel
 from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.mesh import Axes
-
-_SMALLEST = 1e-12
 
 
 class Rival:

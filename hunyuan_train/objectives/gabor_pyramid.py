@@ -4,11 +4,12 @@ A picture is split into brightness and two colour differences. At up to four res
 filtered by oriented band-pass pairs (Gabor 1946; Daugman 1985) and by a Gaussian, and a response is
 divided by what the same place responds to in all orientations (Heeger 1992), as a cell of the
 visual cortex is. The distance is the mean squared difference of what remains, less where it is too
-small to be noticed. It sees what a viewer sees first: missing edges and texture, wrong colours;
+small to be noticed, and at most 1 at a place. It sees what a viewer sees first: missing edges and texture, wrong colours;
 noise counts less where the picture is busy.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ SCALES = 4
 """Resolutions: full, 1/2, 1/4 and 1/8, as far as a side keeps SMALLEST_PX."""
 SMALLEST_PX = 4
 ORIENTATIONS = 4
-KERNEL_PX = 7
+KERNEL_PX = 5
 WAVELENGTH_PX = 4.0
-ENVELOPE_PX = 1.6
+ENVELOPE_PX = 1.2
 """Deviation of the Gaussian around a band-pass filter: a bandwidth of about an octave."""
 SCALE_WEIGHTS = (0.4, 0.8, 1.0, 1.0)
 """Eyes see little of the finest detail, and noise has most of its energy there."""
@@ -30,7 +31,7 @@ SEMI_SATURATION = 0.25
 """Response at which the division sets in, in units of pixel values in [-1, 1]."""
 VISIBLE = 0.1
 """Difference of divided responses below which a viewer hardly notices; see :func:`_noticed`."""
-MEAN_WEIGHT = 2.0
+MEAN_WEIGHT = 1.0
 """Of differences of local means, which band-pass filters do not see: brightness and hue."""
 GAIN = 2.0
 """Brings a blur by two pixels to about 0.3, as it is by LPIPS, so that weights carry over."""
@@ -46,40 +47,47 @@ class GaborPyramid(nn.Module):
         """Build the filters."""
         super().__init__()
         self.register_buffer("opponent", torch.tensor(_TO_OPPONENT), persistent=False)
-        self.register_buffer("bands", _band_filters(), persistent=False)
-        self.register_buffer("blur", _gaussian(KERNEL_PX, ENVELOPE_PX), persistent=False)
+        filters = torch.cat([_band_filters(), _gaussian(KERNEL_PX, ENVELOPE_PX)])
+        self.register_buffer("filters", filters, persistent=False)
 
     def forward(self, decoded: Tensor, pixels: Tensor) -> Tensor:
         """Return the distances [N] of pictures [N, 3, H, W] in [-1, 1]."""
-        both = torch.cat([decoded, pixels])
-        x = torch.einsum("oc,nchw->nohw", self.get_buffer("opponent"), both)
         total = decoded.new_zeros(len(decoded))
-        for scale, weight in enumerate(SCALE_WEIGHTS):
-            if scale:
-                x = F.avg_pool2d(x, 2)
-            total = total + weight * self._distance(x)
-            if min(x.shape[2:]) < 2 * SMALLEST_PX:
-                break
+        with torch.no_grad():
+            targets = list(self._responses(pixels))
+        for scale, (mine, other) in enumerate(zip(self._responses(decoded), targets, strict=True)):
+            noticed = _noticed((mine - other).square().sum(dim=2)).mean(dim=(2, 3))
+            weights = noticed.new_tensor(COLOUR_WEIGHTS[: noticed.shape[1]])
+            total = total + SCALE_WEIGHTS[scale] * (noticed @ weights)
         return GAIN * total
 
-    def _distance(self, x: Tensor) -> Tensor:
+    def _responses(self, pictures: Tensor) -> Iterator[Tensor]:
+        """Yield [N, 1 or 3 colours, responses, h, w] per resolution."""
+        opponent = self.get_buffer("opponent")
+        x = torch.einsum("oc,nchw->nohw", opponent, pictures)
+        for scale in range(SCALES):
+            if scale:
+                x = F.avg_pool2d(x, 2)
+            # Colour differences are left out at full resolution, where the eye hardly sees them.
+            yield self._divided(x[:, :1] if scale == 0 else x)
+            if min(x.shape[2:]) < 2 * SMALLEST_PX:
+                break
+
+    def _divided(self, x: Tensor) -> Tensor:
         count, colours, height, width = x.shape
-        planes = x.reshape(count * colours, 1, height, width)
         side = KERNEL_PX // 2
-        padded = F.pad(planes, (side, side, side, side), mode="replicate")
-        bands = F.conv2d(padded, self.get_buffer("bands"))
-        local_mean = F.conv2d(padded, self.get_buffer("blur"))
+        planes = F.pad(x.reshape(-1, 1, height, width), (side,) * 4, mode="replicate")
+        filtered = F.conv2d(planes, self.get_buffer("filters"))
+        bands, local_mean = filtered[:, :-1], filtered[:, -1:]
         energy = F.pad(bands.square().sum(dim=1, keepdim=True), (side,) * 4, mode="replicate")
-        pool = F.conv2d(energy, self.get_buffer("blur")) + SEMI_SATURATION**2
+        pool = F.conv2d(energy, self.get_buffer("filters")[-1:]) + SEMI_SATURATION**2
         responses = torch.cat([bands * pool.rsqrt(), MEAN_WEIGHT * local_mean], dim=1)
-        mine, other = responses.view(count, colours, -1, height, width).chunk(2)
-        noticed = _noticed((mine - other).square().sum(dim=2)).mean(dim=(2, 3))
-        return noticed @ noticed.new_tensor(COLOUR_WEIGHTS)
+        return responses.view(count, colours, -1, height, width)
 
 
 def _noticed(squared: Tensor) -> Tensor:
-    """Return about ``squared`` far above VISIBLE^2, and its square over VISIBLE^2 far below."""
-    return squared.square() / (squared + VISIBLE**2)
+    """Return about ``squared`` between VISIBLE^2 and 1, its square over VISIBLE^2 below, 1 above."""
+    return squared.square() / ((squared + VISIBLE**2) * (1 + squared))
 
 
 def _gaussian(size: int, deviation: float) -> Tensor:

@@ -9,7 +9,6 @@ Samples weigh the same. Ranks with distinct samples divide by the global number 
 that hold parts of one clip weigh theirs by the part's share of the clip's pixel values.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hunyuan_train.objectives.perceptual import Perceptual
-from hunyuan_train.objectives.vae_config import VaeTrainingConfig
 from hunyuan_train.objectives.vae_loss_config import VaeLossConfig
 
 SMALLEST_NORM = 1e-6
-"""Added to the norm that :func:`adaptive_weight` divides by (arXiv 2012.09841, equation 7)."""
+"""Added to the norm that :func:`adaptive_ratio` divides by (arXiv 2012.09841, equation 7)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,46 +140,20 @@ def gradient_penalty(discriminator: nn.Module, pixels: Tensor) -> Tensor:
     return slope.float().square().flatten(1).sum(dim=1)
 
 
-def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    last_kernel: Tensor,
-    most: float,
-    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> Tensor:
-    """Return how much louder the verdict must be to match the other terms (VQGAN, equation 7).
+def adaptive_ratio(squares: Tensor, most: float) -> Tensor:
+    """Return how much louder the verdict must be to match the other terms (arXiv 2012.09841, eq. 7).
+
+    There the gradients are those at the decoder's last kernel; here they are those of the
+    reconstruction itself, which every layout of the VAE has in the same form.
 
     Args:
-        reconstruction: Scalar, the weighted sum of the other terms.
-        adversarial: Scalar, the verdict.
-        last_kernel: The decoder's last kernel, in the graph of both.
+        squares: [2], the sums of squares of the gradients of the other terms and of the verdict.
         most: Largest weight.
-        reduce: Sums a gradient over the ranks that share the update, so that all get one weight.
 
     Returns:
-        Scalar without a graph in [0, most]: the norm of the gradient of the other terms at the
-        kernel over that of the verdict. Both graphs are kept for the backward pass.
+        Scalar in [0, most].
     """
-    norms = []
-    for term in (reconstruction, adversarial):
-        (gradient,) = torch.autograd.grad(term, last_kernel, retain_graph=True)
-        norms.append(reduce(gradient.detach()).float().norm())
-    return (norms[0] / (norms[1] + SMALLEST_NORM)).clamp(0, most)
-
-
-def vae_loss(decoded: Tensor, pixels: Tensor, kl: Tensor, cfg: VaeTrainingConfig) -> VaeLoss:
-    """Return the batch means of absolute and squared error, edges and KL, weighed by ``cfg``.
-
-    Args:
-        decoded: [B, 3, F, H, W], the reconstruction.
-        pixels: [B, 3, F, H, W] in [-1, 1].
-        kl: [B], summed over a sample's latents.
-        cfg: Weights of the terms.
-    """
-    weights = VaeLossConfig(
-        squared=cfg.mse_weight, gradient=cfg.gradient_weight, kl=cfg.kl_weight, perceptual=0.0
-    )
-    return reconstruction_loss(decoded, pixels, kl, weights).mean()
+    return (squares[0].sqrt() / (squares[1].sqrt() + SMALLEST_NORM)).clamp(0, most)
 
 
 def _edges(error: Tensor) -> Tensor:

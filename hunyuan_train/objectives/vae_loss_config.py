@@ -34,7 +34,8 @@ class VaeLossConfig:
     """Updates before the verdict counts and the discriminator learns."""
     adaptive: bool = True
     """Whether the verdict is weighed by the ratio of the gradients that the other terms and it have
-    at the decoder's last kernel (arXiv 2012.09841), on top of ``adversarial``."""
+    in the reconstruction, over the update before (after arXiv 2012.09841), on top of
+    ``adversarial``."""
     adaptive_most: float = 1e4
     """Largest such ratio."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
