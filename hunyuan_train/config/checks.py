@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from hunyuan_train.config.curriculum import Carried
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.data.config import Encode
 from hunyuan_train.models.hunyuan.config import ImageCondition
 from hunyuan_train.parallel.config import ZeroEngine
@@ -105,5 +106,9 @@ RULES: list[Callable[[RunConfig], Iterator[str]]] = [
 
 
 def check_all(cfg: RunConfig) -> list[str]:
-    """Return the sentences of every rule that ``cfg`` breaks."""
-    return [message for rule in RULES for message in rule(cfg)]
+    """Return the sentences of every rule that ``cfg`` breaks.
+
+    Of a stage that trains the VAE those about the diffusion model do not count.
+    """
+    rules = RULES if cfg.stage.trains is Trains.model else [check_warmup]
+    return [message for rule in rules for message in rule(cfg)]

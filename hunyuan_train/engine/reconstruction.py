@@ -6,9 +6,7 @@ the discriminator is in memory while the VAE's backward runs, and the gradients 
 of the other terms can be weighed where both are plain tensors, in every layout alike.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -71,19 +69,17 @@ class Reconstruction:
         cfg, weight = self._cfg, batch.weight
         pixels = to_network(cut(batch, cfg), self._device, self._dtype)
         noise = self._noise(batch, pixels.shape).to(pixels)
-        in_tiles = self._in_tiles(batch)
-        with tiling(self._vae, on=in_tiles):
-            decoded, mean, std = module(pixels, noise)
+        tiles = self._in_tiles(batch)
+        seams = cfg.vae_training.tiling_consistency if tiles else 0.0
+        decoded, mean, std, whole = module(pixels, noise, tiles=tiles, compare=seams > 0)
         kl = Posterior(mean, std).kl()
         leaf = decoded.detach().float().requires_grad_()
         parts = reconstruction_loss(
             leaf, pixels.float(), kl.detach(), cfg.vae_loss, self.perceptual_or_none
         )
         error = parts.total
-        if in_tiles and cfg.vae_training.tiling_consistency:
-            error = error + cfg.vae_training.tiling_consistency * self._seams(
-                leaf, module, pixels, noise
-            )
+        if whole is not None:
+            error = error + seams * (leaf - whole.float()).abs().flatten(1).mean(dim=1)
         (wanted,) = torch.autograd.grad(error.sum() * weight, leaf)
         if self.rival is not None:
             wanted = wanted + self.rival.judge(leaf, pixels.float(), wanted, weight, total)
@@ -149,12 +145,6 @@ class Reconstruction:
         rows = [keyed_normal(one, self._cfg.run.seed, "vae_posterior", key) for key in keys]
         return torch.stack(rows)
 
-    def _seams(self, leaf: Tensor, module: nn.Module, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Return the error [B] of a reconstruction in tiles against the one of the whole."""
-        with torch.no_grad(), tiling(self._vae, on=False):
-            whole, _, _ = module(pixels, noise)
-        return (leaf - whole.float()).abs().flatten(1).mean(dim=1)
-
     def _in_tiles(self, batch: PixelBatch) -> bool:
         drawn = keyed_generator(self._cfg.run.seed, "vae_tiling", *_key(batch))
         return bool(drawn.random() < self._cfg.vae_training.tiling_share)
@@ -166,18 +156,6 @@ def latent_shape(cfg: VaeConfig, pixels: torch.Size) -> tuple[int, int, int, int
     ratio = cfg.spatial_ratio
     latent_frames = (frames - 1) // cfg.temporal_ratio + 1
     return cfg.latent_channels, latent_frames, height // ratio, width // ratio
-
-
-@contextmanager
-def tiling(vae: Vae, *, on: bool) -> Iterator[None]:
-    """Have the VAE work in the tiles of its config, or whole, inside a ``with`` block."""
-    kept = vae.cfg
-    if not on:
-        vae.cfg = replace(kept, tile_spatial=False, tile_temporal=False)
-    try:
-        yield
-    finally:
-        vae.cfg = kept
 
 
 def cut(batch: PixelBatch, cfg: RunConfig) -> Tensor:

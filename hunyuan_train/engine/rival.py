@@ -105,11 +105,7 @@ class Rival:
         own = self._updates.clip(self._cfg.optimizer.clip_norm)
         self._updates.step(torch.where(torch.isfinite(norm), own, torch.full_like(own, torch.nan)))
         squares = self._axes.sum(self._squares, "dp")
-        ratio = (
-            (squares[0] / (squares[1] + _SMALLEST))
-            .sqrt()
-            .clamp(max=self._cfg.vae_loss.adaptive_most)
-        )
+        ratio = adaptive_ratio(squares, self._cfg.vae_loss.adaptive_most)
         self._loudness.copy_(torch.where(torch.isfinite(norm), ratio.float(), self._loudness))
         sums = self._axes.sum(self._sums, "dp")
         self._squares, self._sums = torch.zeros_like(squares), torch.zeros_like(sums)

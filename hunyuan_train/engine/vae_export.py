@@ -14,7 +14,7 @@ from hunyuan_train.data.pixels import PixelStore
 from hunyuan_train.data.quarantine import SampleError
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.held_out import averaged
-from hunyuan_train.engine.reconstruction import latent_shape, tiling
+from hunyuan_train.engine.reconstruction import latent_shape
 from hunyuan_train.engine.vae_held_out import pixels_of
 from hunyuan_train.models.vae.base import Vae
 from hunyuan_train.models.vae.build import build_vae
@@ -39,7 +39,7 @@ def export_vae(run: TrainRun) -> Path:
     with averaged(state) if state.ema.state_dict() else nullcontext():
         deviation = latent_deviation(run)
         weights = {
-            name: whole_tensor(parameter.detach()).float().cpu()
+            name: whole_tensor(parameter.detach()).float().cpu().clone()
             for name, parameter in state.model.module.named_parameters()
         }
     if run.world.rank == 0:
@@ -93,8 +93,7 @@ def _moments(run: TrainRun, store: PixelStore, row: int) -> Tensor:
     pixels = pixels_of(run, [clip])
     shape = latent_shape(vae.cfg, pixels.shape)
     noise = keyed_normal(shape, run.cfg.run.seed, "vae_scale", store.index.row(row).sample_id)
-    with tiling(vae, on=False):
-        _, mean, std = run.state.updates.module(pixels, torch.zeros_like(noise)[None].to(pixels))
+    _, mean, std, _ = run.state.updates.module(pixels, torch.zeros_like(noise)[None].to(pixels))
     latents = (mean + std * noise.to(mean)).double().cpu()
     if bad:
         return torch.zeros(3, dtype=torch.float64)

@@ -20,7 +20,7 @@ from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.data import largest_batch
 from hunyuan_train.engine.held_out import Mark, averaged
 from hunyuan_train.engine.meter import StepMeter
-from hunyuan_train.engine.reconstruction import Reconstruction, latent_shape, tiling, to_network
+from hunyuan_train.engine.reconstruction import Reconstruction, latent_shape, to_network
 from hunyuan_train.engine.sampling import PROMPTS_NAME
 from hunyuan_train.engine.showing import deal, sample_folder
 from hunyuan_train.engine.state import TrainState
@@ -142,8 +142,7 @@ def reconstructed(run: TrainRun, pixels: Tensor, *, tiles: bool = False) -> Tens
     vae = state.model.module
     assert isinstance(vae, Vae)
     noise = pixels.new_zeros(len(pixels), *latent_shape(vae.cfg, pixels.shape))
-    with tiling(vae, on=tiles):
-        return state.updates.module(pixels, noise)[0]
+    return state.updates.module(pixels, noise, tiles=tiles)[0]
 
 
 class Comparisons:

@@ -64,6 +64,9 @@ class ShardingPlan:
     """Names of the modules whose ``tokens`` says which tokens are here; "" is the model."""
     core_modules: tuple[str, ...]
     """Patterns of the modules whose ``core`` attends over sequence shards."""
+    whole: bool = False
+    """Whether ZeRO gathers the model at once and not unit by unit: where ranks run a unit unequally
+    often in one forward, as in tiles, gathering by units would wait for ranks that do not come."""
     divisors: tuple[tuple[str, int], ...]
     """(config field, value) of what tensor-parallel ranks divide; the first is also divided by
     Ulysses ranks."""

@@ -141,7 +141,7 @@ def gradient_penalty(discriminator: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def adaptive_ratio(squares: Tensor, most: float) -> Tensor:
-    """Return how much louder the verdict must be to match the other terms (arXiv 2012.09841, eq. 7).
+    """Return how much louder the verdict must be to match the other terms (arXiv 2012.09841).
 
     There the gradients are those at the decoder's last kernel; here they are those of the
     reconstruction itself, which every layout of the VAE has in the same form.

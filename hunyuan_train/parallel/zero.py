@@ -30,7 +30,7 @@ def apply_zero(model: nn.Module, plan: ShardingPlan, axes: Axes, cfg: ParallelCo
     hybrid = cfg.dp_replicate > 1
     where = axes.zero_mesh["dp_replicate", "zero"] if hybrid else axes.zero_mesh["zero"]
     reshard = cfg.zero_stage == 3
-    for unit in plan.modules(model):
+    for unit in () if plan.whole else plan.modules(model):
         fully_shard(unit, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
     return model

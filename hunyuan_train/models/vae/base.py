@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeAlias
 
@@ -87,15 +88,36 @@ class Vae(nn.Module):
     def decode_tile(self, latents: Tensor) -> Tensor:
         """Return pixels of latents that are not cut further."""
 
-    def forward(self, pixels: Pixels, noise: Latents) -> tuple[Pixels, Latents, Latents]:
+    def forward(
+        self, pixels: Pixels, noise: Latents, *, tiles: bool = False, compare: bool = False
+    ) -> tuple[Pixels, Latents, Latents, Pixels | None]:
         """Return the reconstruction from the latents that ``noise`` selects, with mean and std.
 
         Args:
             pixels: As :meth:`encode` takes them.
             noise: Standard normal, of the latents' shape; zeros select the mean.
+            tiles: Whether to work in the tiles of the config, and not whole.
+            compare: Whether to return, last, what the whole reconstructs; it has no graph.
         """
-        posterior = self.encode(pixels)
-        return self.decode(posterior.sample(noise)), posterior.mean, posterior.std
+        whole = None
+        if compare:
+            with torch.no_grad(), self.tiling(on=False):
+                whole = self.decode(self.encode(pixels).sample(noise))
+        with self.tiling(on=tiles):
+            posterior = self.encode(pixels)
+            decoded = self.decode(posterior.sample(noise))
+        return decoded, posterior.mean, posterior.std, whole
+
+    @contextmanager
+    def tiling(self, *, on: bool) -> Iterator[None]:
+        """Work in the tiles of the config, or whole, inside a ``with`` block."""
+        kept = self.cfg
+        if not on:
+            self.cfg = replace(kept, tile_spatial=False, tile_temporal=False)
+        try:
+            yield
+        finally:
+            self.cfg = kept
 
     def encode(self, pixels: Pixels) -> Posterior:
         """Return the posterior of unscaled latents.

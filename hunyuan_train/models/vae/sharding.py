@@ -10,7 +10,8 @@ from hunyuan_train.models.vae.config import VaeConfig
 def vae_sharding_plan(cfg: VaeConfig) -> ShardingPlan:
     """Return the plan: every resolution of encoder and decoder, and both middles, is one unit.
 
-    Nothing is cut over tensor-parallel ranks.
+    Nothing is cut over tensor-parallel ranks, and ZeRO gathers all of it: it is small beside what
+    it computes, and ranks may have different numbers of tiles.
     """
     with torch.device("meta"):
         names = [name for name, _ in build_vae(cfg).named_modules()]
@@ -20,6 +21,7 @@ def vae_sharding_plan(cfg: VaeConfig) -> ShardingPlan:
     ]
     return ShardingPlan(
         units=tuple(units),
+        whole=True,
         cuts=(),
         per_head=(),
         per_token=(),
