@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from hunyuan_train.models.shapes import Latents, PerSample
 from hunyuan_train.models.vae.config import SPATIAL_RATIO, TEMPORAL_RATIO, VaeConfig
 from hunyuan_train.models.vae.layers import (
-    NORM_EPS,
     CausalConv3d,
+    ClipNorm,
     DownBlock,
     Features,
     FrameCausalAttention,
@@ -49,6 +49,16 @@ class Posterior:
 
     std: Tensor
     """[B, C, T, h, w], positive."""
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "Posterior":
+        """Return the distribution whose mean and log-variance are the two halves of the channels.
+
+        Args:
+            moments: [B, 2 * C, T, h, w], as the encoder gives them.
+        """
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
 
     @property
     def logvar(self) -> Tensor:
@@ -85,7 +95,7 @@ class Encoder(nn.Module):
             ]
         )
         self.mid_block = MidBlock(widths[-1], groups, cfg.mid_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * cfg.latent_channels)
 
     def forward(self, pixels: Pixels) -> Features:
@@ -113,7 +123,7 @@ class Decoder(nn.Module):
                 for before, after, factor in zip(inputs, widths, UP_FACTORS, strict=True)
             ]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], cfg.out_channels)
 
     def forward(self, latents: Latents) -> Pixels:
@@ -185,9 +195,7 @@ class CausalVae3D(nn.Module):
             ValueError: If the number of channels, frames, the height or the width does not fit.
         """
         check_pixels(pixels.shape, self.cfg.in_channels)
-        moments = tiled(self._encode_tile, pixels, Tiling.for_encode(self.cfg))
-        mean, logvar = moments.chunk(2, dim=1)
-        return Posterior(mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
+        return Posterior.from_moments(tiled(self._encode_tile, pixels, Tiling.for_encode(self.cfg)))
 
     def decode(self, latents: Latents) -> Pixels:
         """Return pixels near [-1, 1] for unscaled latents.
