@@ -33,6 +33,13 @@ class ReduceEvery(StrEnum):
     micro_step = "micro_step"
 
 
+class VaeSplit(StrEnum):
+    """Along what the autoencoder cuts a clip that several ranks share."""
+
+    frames = "frames"
+    height = "height"
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """Layout of one run. ``dp_shard`` is what the other axes leave of the world size."""
