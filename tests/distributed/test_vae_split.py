@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.model import CausalVae3D, Posterior
-from hunyuan_train.parallel import vae_norm
+from hunyuan_train.parallel import vae_halo, vae_norm
 from hunyuan_train.parallel.vae_split import SplitVae, join_vae, split_vae
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -144,7 +143,7 @@ def in_parts(case: Case) -> dict[str, Tensor]:
     """Return the same from the ranks of the group: gathered values and added gradients."""
     vae = build(case.dtype)
     if case.channels_last:
-        vae.to(memory_format=torch.channels_last_3d)
+        vae.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     split = split_vae(vae, group(), case.dim)
     pixels, noise = clip(case)
     if case.channels_last:
@@ -176,7 +175,8 @@ def largest_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
         floor = 1e-3 * max(sizes[name] for name in grads)
         by_parameter = [wrong[name] / max(sizes[name], floor) for name in grads]
     else:
-        by_parameter = [math.hypot(*map(wrong.get, grads)) / math.hypot(*map(sizes.get, grads))]
+        together = (math.hypot(*(of[name] for name in grads)) for of in (wrong, sizes))
+        by_parameter = [next(together) / next(together)]
     return max(*(wrong[name] / sizes[name] for name in values), *by_parameter)
 
 
@@ -204,3 +204,127 @@ def measured(world: int) -> dict[str, float]:
 )
 def test_parts_agree_with_the_whole_clip(world: int, case: Case) -> None:
     assert measured(world)[str(case)] <= TOLERANCE[case.dtype]
+
+
+def _faults(rank: int, world: int) -> dict[str, float]:
+    """Plant errors that leave every shape as it is; return how far off gradients are then."""
+    case = Case("frames", 9, 8)
+    wanted = in_one_process(case)
+    combined, transfer = vae_norm._combined, vae_halo._Transfer.wait
+
+    def alone(mean: Tensor, squares: Tensor, counts: Any, group: Any) -> tuple[Tensor, Tensor]:
+        combined(mean, squares, counts, group)
+        return mean, squares / counts[group.rank()]
+
+    def nothing(self: vae_halo._Transfer) -> list[Tensor]:
+        in_backward = not torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        return [piece.zero_() if in_backward else piece for piece in transfer(self)]
+
+    vae_norm._combined = alone
+    found = {"norm of the own part": largest_error(in_parts(case), wanted)}
+    vae_norm._combined = combined
+    vae_halo._Transfer.wait = nothing
+    found["lost gradients of neighbours"] = largest_error(in_parts(case), wanted)
+    return found
+
+
+@pytest.mark.dist
+def test_planted_errors_are_noticed() -> None:
+    for found in run_distributed(_faults, 2):
+        assert all(error > 1e-3 for error in found.values()), found
+
+
+def saved_bytes(run: Callable[[], Tensor], vae: CausalVae3D) -> int:
+    """Return the bytes that a forward keeps for its backward, parameters aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in vae.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = run()  # alive until all is counted, so no address is used twice
+    del loss
+    return sum(kept.values())
+
+
+def _repeated(rank: int, world: int, dim: str) -> tuple[float, list[bool]]:
+    """Return the share of bytes kept, and whether a second run gives the same bits."""
+    case = Case(dim, 17, 32, dtype=torch.float32)
+    pixels, noise = clip(case)
+    vae = build(case.dtype)
+
+    def whole() -> Tensor:
+        posterior = vae.encode(pixels)
+        return vae.decode(posterior.sample(noise)).sum() + posterior.kl().sum()
+
+    def part() -> Tensor:
+        split = split_vae(vae, group(), dim)
+        posterior = split.encode(split.part_of(pixels))
+        decoded = split.decode(posterior.sample(split.latent_part_of(noise)))
+        return decoded.sum() + posterior.kl().sum()
+
+    share = 1 / saved_bytes(whole, vae)
+    share *= saved_bytes(part, vae)
+    first, second = in_parts(case), in_parts(case)
+    return share, [torch.equal(first[name], second[name]) for name in first]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("dim", ["frames", "height"])
+def test_a_rank_keeps_its_share_and_repeats_the_same_bits(dim: str) -> None:
+    for share, same in run_distributed(_repeated, 2, dim):
+        assert share < 0.62
+        assert all(same)
+
+
+def _refusals(rank: int, world: int) -> None:
+    vae = build(tile_size_px=16, tile_frames=16, tile_overlap=0.5)
+    split = split_vae(vae, group(), "frames")
+    with pytest.raises(ValueError, match=r"clip of 1 frames.*use at least 5 frames.*split=height"):
+        split.part_of(torch.zeros(1, 3, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"2 ranks leaves some of them nothing"):
+        split.latent_part_of(torch.zeros(1, 4, 1, 2, 2))
+    whole = torch.zeros(1, 3, 9, 16, 16, dtype=torch.float64)
+    with pytest.raises(
+        ValueError,
+        match=r"rank 1 has a part of shape \[1, 3, 9, .*, and needs \[1, 3, 8, .* with part_of",
+    ):
+        split.encode(whole)
+    with pytest.raises(ValueError, match=r"rank 0 .* needs \[1, 4, 3, 2, 2\]; .*latent_part_of"):
+        split.decode(torch.zeros(1, 4, 2 + rank, 2, 2))
+    for shape, field in (((1, 3, 9, 16, 24), "spatial"), ((1, 3, 17, 16, 16), "temporal")):
+        with pytest.raises(
+            ValueError, match=rf"^vae.tile_{field}=true .*set vae.tile_{field}=false"
+        ):
+            split.encode(split.part_of(torch.zeros(shape)))
+    with pytest.raises(ValueError, match=r"a layer of a split VAE got .* or join_vae first"):
+        vae.encode(whole)
+    join_vae(vae)
+    assert torch.equal(vae.encode(whole).mean, build().encode(whole).mean)
+
+
+@pytest.mark.dist
+def test_refuses_other_parts_and_tiles_by_name() -> None:
+    run_distributed(_refusals, 2)
+
+
+def test_one_device_needs_no_group() -> None:
+    vae, pixels = build(), clip(Case("frames", 5, 16))[0]
+    split = split_vae(vae, None, "frames")
+    latents = split.encode(split.part_of(pixels)).mean
+    assert torch.equal(latents, vae.encode(pixels).mean)
+    assert torch.equal(split.gather(split.decode(latents)), vae.decode(latents))
+    assert split.total(latents) is latents
+
+
+def test_refuses_what_it_cannot_split() -> None:
+    with pytest.raises(
+        ValueError, match=r"parallel.vae_split=width is unknown; choose frames height"
+    ):
+        split_vae(build(), None, "width")
+    with pytest.raises(ValueError, match=r"vae.kind=vae_884 only, not Linear"):
+        split_vae(torch.nn.Linear(2, 2), None, "frames")  # pyright: ignore[reportArgumentType]
