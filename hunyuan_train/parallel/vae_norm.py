@@ -32,8 +32,8 @@ def split_group_norm(
     Returns:
         Same shape and dtype as ``x``. Computes in float32, or in float64 for such input.
     """
-    values = x[0].numel() // norm.num_groups // shares[group.rank()]
-    counts = tuple(values * share for share in shares)
+    own = x[0].numel() // norm.num_groups
+    counts = (own, own // shares[group.rank()] * sum(shares))
     return cast(Tensor, _SplitNorm.apply(x, norm.weight, norm.bias, norm, counts, group))
 
 
@@ -47,7 +47,7 @@ class _SplitNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         norm: nn.GroupNorm,
-        counts: tuple[int, ...],
+        counts: tuple[int, int],
         group: dist.ProcessGroup,
     ) -> Tensor:
         centred = _computed(x)
@@ -61,7 +61,7 @@ class _SplitNorm(torch.autograd.Function):
         scale = _per_channel(rstd, x) * weight
         shift = bias - scale * _per_channel(mean - own_mean, x)
         ctx.save_for_backward(x, weight, mean.to(centred.dtype), rstd.to(centred.dtype))
-        ctx.total, ctx.group = sum(counts), group
+        ctx.total, ctx.group = counts[1], group
         scale, shift = (_whole_space(each.to(centred.dtype)) for each in (scale, shift))
         return centred.mul_(scale).add_(shift).to(x.dtype)
 
@@ -87,13 +87,21 @@ class _SplitNorm(torch.autograd.Function):
 
 
 def _combined(
-    own_mean: Tensor, squares: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup
+    own_mean: Tensor, squares: Tensor, counts: tuple[int, int], group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [B, G] of all runs from each one's mean and squared deviations."""
+    """Return mean and variance [B, G] of the clip from each run's mean and squared deviations.
+
+    Args:
+        own_mean: [B, G] of this rank's run.
+        squares: [B, G], its sum of squared deviations from that mean.
+        counts: values of a group in this run and in the clip.
+        group: the ranks.
+    """
+    own_count, total = counts
     own = torch.stack([own_mean, squares], dim=2).double()
-    means, deviations = _by_rank(own, group).unbind(3)  # [R, B, G]
-    weights = torch.tensor(counts, dtype=means.dtype, device=means.device).view(-1, 1, 1)
-    total = sum(counts)
+    # Sent along although known: making a tensor of it on a GPU would wait for all work before.
+    own = torch.cat([own, torch.full_like(own[..., :1], own_count)], dim=2)
+    means, deviations, weights = _by_rank(own, group).unbind(3)  # [R, B, G]
     mean = (means * weights).sum(dim=0) / total
     between = weights * (means - mean).square()
     return mean, (deviations + between).sum(dim=0) / total
