@@ -1,6 +1,7 @@
 """The composition root of a stage that trains the VAE: the same parts, around another task."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -16,12 +17,14 @@ from hunyuan_train.engine.state import TrainState
 from hunyuan_train.memory.config import Recompute, Switch
 from hunyuan_train.models.vae.base import Vae
 from hunyuan_train.models.vae.build import build_vae
+from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.sharding import vae_sharding_plan
 from hunyuan_train.optim.ema import Ema
 from hunyuan_train.optim.updates import Updates, build_updates, viewed
 from hunyuan_train.parallel.apply import ParallelModel, parallelize
 from hunyuan_train.parallel.config import ZeroEngine
 from hunyuan_train.parallel.mesh import Axes, build_axes
+from hunyuan_train.parallel.vae_split import split_vae
 from hunyuan_train.parallel.view import fill_part
 from hunyuan_train.resilience.guard import Guard
 from hunyuan_train.runtime.dist import World
@@ -61,13 +64,18 @@ def check_vae_layout(cfg: RunConfig) -> None:
     modes = {Recompute(memory.recompute), *map(Recompute, memory.recompute_of.values())}
     refused = [
         (layout.tp > 1, f"parallel.tp={layout.tp}", "parallel.tp=1 and shard with zero_stage=3"),
-        (layout.cp_ulysses > 1, f"parallel.cp_ulysses={layout.cp_ulysses}", "parallel.cp_ring"),
         (layout.zero_engine is not ZeroEngine.torch, "parallel.zero_engine=deepspeed", "torch"),
         (memory.compile, "memory.compile=true", "memory.compile=false"),
         (memory.fused_backward, "memory.fused_backward=true", "memory.fused_backward=false"),
         (memory.offload is Switch.on, "memory.offload=on", "memory.recompute=full"),
         (Recompute.selective in modes, "memory.recompute=selective", "none or full"),
         (bool(cfg.lora.rank), f"lora.rank={cfg.lora.rank}", "lora.rank=0"),
+        (
+            layout.cp > 1 and cfg.vae_training.tiling_share > 0,
+            f"parallel.cp_ring={layout.cp_ring} and vae_training.tiling_share="
+            f"{cfg.vae_training.tiling_share}",
+            "one of them, since tiles need no second rank",
+        ),
         (not cfg.data.max_tokens, "data.max_tokens=0", "the tokens that fit, like 256"),
     ]
     for wrong, what, right in refused:
@@ -86,6 +94,9 @@ def lay_out_vae(cfg: RunConfig, axes: Axes, device: torch.device) -> ParallelMod
         module = module.double()
     model = parallelize(module, vae_sharding_plan(cfg.vae), axes, cfg.parallel, cfg.memory)
     model.module.to_empty(device=device)
+    if axes.size("cp") > 1:
+        split = split_vae(cast(CausalVae3D, model.module), axes.group("cp"), cfg.parallel.vae_split)
+        cast(Vae, model.module).split = split
     if not cfg.parallel.zero_stage:
         # 10 to 40 % faster convolutions on a CPU; the values are the same.
         model.module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]

@@ -118,6 +118,36 @@ class _GatherRowsOfWhole(torch.autograd.Function):
         return grad.unflatten(1, (ctx.group.size(), -1))[:, ctx.group.rank()].contiguous(), None
 
 
+class _GatherRuns(torch.autograd.Function):
+    """Gather runs of different lengths; the gradient is whole (cut) or partial (summed)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dim: int, lengths: tuple[int, ...], group: ProcessGroup, partial: bool
+    ) -> Tensor:
+        ctx.dim, ctx.lengths, ctx.group, ctx.partial = dim, lengths, group, partial
+        runs = x.movedim(dim, 0)
+        padded = x.new_zeros((max(lengths), *runs.shape[1:]))
+        padded[: len(runs)] = runs
+        stacked, _ = _gathered(padded, group)
+        whole = torch.cat([run[:length] for run, length in zip(stacked, lengths, strict=True)])
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        lengths, rank = list(ctx.lengths), ctx.group.rank()
+        if not ctx.partial:
+            own = grad.split(lengths, ctx.dim)[rank].contiguous()
+            return own, None, None, None, None
+        parts = grad.movedim(ctx.dim, 0).contiguous()
+        arriving = [lengths[rank]] * len(lengths)
+        received = parts.new_empty((sum(arriving), *parts.shape[1:]))
+        dist.all_to_all_single(received, parts, arriving, lengths, group=ctx.group)
+        # Added in rank order, not by a reduction, so that the same layout repeats the same bits.
+        own = received.unflatten(0, (len(lengths), -1)).sum(dim=0)
+        return own.movedim(0, ctx.dim), None, None, None, None
+
+
 def sum_to_whole(x: Tensor, group: ProcessGroup) -> Tensor:
     """Add up over ranks; every rank gets the sum. Takes a whole gradient."""
     return _SumToWhole.apply(x, group)  # pyright: ignore[reportReturnType]
@@ -136,3 +166,13 @@ def gather_features(x: Tensor, group: ProcessGroup, partial: bool) -> Tensor:
 def gather_rows_of_whole(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate rows over ranks. Takes a whole gradient and returns that of the own rows."""
     return _GatherRowsOfWhole.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def gather_runs(
+    x: Tensor, dim: int, lengths: tuple[int, ...], group: ProcessGroup, partial: bool
+) -> Tensor:
+    """Concatenate runs of ``lengths`` along ``dim`` over ranks, in rank order.
+
+    ``partial`` says that gradients have to be added up; else they are whole, and cut.
+    """
+    return _GatherRuns.apply(x, dim, lengths, group, partial)  # pyright: ignore[reportReturnType]

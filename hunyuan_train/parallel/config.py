@@ -33,6 +33,13 @@ class ReduceEvery(StrEnum):
     micro_step = "micro_step"
 
 
+class VaeSplit(StrEnum):
+    """Along what the autoencoder cuts a clip that several ranks share."""
+
+    frames = "frames"
+    height = "height"
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """Layout of one run. ``dp_shard`` is what the other axes leave of the world size."""
@@ -48,6 +55,10 @@ class ParallelConfig:
 
     cp_ulysses: int = 1
     """Context-parallel ranks that trade sequence for heads by all-to-all, inside each ring rank."""
+
+    vae_split: VaeSplit = VaeSplit.height
+    """Along what the cp ranks cut a clip where the VAE is trained: height, or frames, which leaves
+    no part of an image to most ranks."""
 
     dp_replicate: int = 1
     """Replicas of the sharded group (HSDP)."""

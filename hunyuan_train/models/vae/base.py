@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
@@ -58,6 +58,14 @@ class Posterior:
         return per_value.flatten(1).sum(dim=1)
 
 
+class Split(Protocol):
+    """Ranks that compute one clip together; see ``parallel.vae_split``."""
+
+    def reconstruct(self, pixels: Pixels, noise: Latents) -> tuple[Pixels, Latents, Latents]:
+        """Return reconstruction, mean and std of whole clips, on every rank."""
+        ...
+
+
 class Vae(nn.Module):
     """4n+1 frames of H x W pixels to n+1 latent frames of H/r x W/r, r = ``cfg.spatial_ratio``.
 
@@ -70,6 +78,7 @@ class Vae(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.work = TileWork()
+        self.split: Split | None = None
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -99,6 +108,9 @@ class Vae(nn.Module):
             tiles: Whether to work in the tiles of the config, and not whole.
             compare: Whether to return, last, what the whole reconstructs; it has no graph.
         """
+        if self.split is not None:
+            with self.tiling(on=False):
+                return (*self.split.reconstruct(pixels, noise), None)
         whole = None
         if compare:
             with torch.no_grad(), self.tiling(on=False):

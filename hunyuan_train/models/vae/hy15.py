@@ -73,7 +73,7 @@ class PastAttention(nn.Module):
             layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, T*H*W, C]
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = attend_past(query, key, value, frames, height * width).squeeze(1)
+        attended = attend_past(query, key, value, frames, 0).squeeze(1)
         return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
 
 

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hunyuan_train.models.vae.reach import WHOLE, Reach
+
 NORM_EPS = 1e-6
 
 # Channels, frames, height, width: the four sizes differ before and after a layer.
@@ -21,6 +23,8 @@ class CausalConv3d(nn.Module):
     before the first frame and nothing after the last (HunyuanVideo report, section 4.1).
     """
 
+    reach: Reach = WHOLE
+
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 3, stride: Stride = (1, 1, 1)
     ) -> None:
@@ -34,9 +38,10 @@ class CausalConv3d(nn.Module):
         if self.kernel == 1:
             return self.conv(x)
         side = self.kernel // 2
-        if x.shape[2] == 1:
+        if self.reach.clip_frames(x) == 1:
             return self._single_frame(x, side)
-        padded = F.pad(x, (side, side, side, side, self.kernel - 1, 0), mode="replicate")
+        pads = (side, side, side, side, self.kernel - 1, 0)
+        padded = self.reach.padded(x, pads, self.conv.stride)
         if _wants_onednn(padded):
             conv = self.conv
             return torch.mkldnn_convolution(
@@ -47,7 +52,7 @@ class CausalConv3d(nn.Module):
     def _single_frame(self, x: Features, side: int) -> Features:
         # The padded past of a lone frame is copies of itself, so the taps in time add up to one 2-D
         # kernel: a third of the work, and 2-D convolutions are faster per operation.
-        padded = F.pad(x.squeeze(2), (side, side, side, side), mode="replicate")
+        padded = self.reach.padded(x.squeeze(2), (side,) * 4, self.conv.stride[1:])
         weight = self.conv.weight.sum(dim=2)
         return F.conv2d(padded, weight, self.conv.bias, stride=self.conv.stride[1:]).unsqueeze(2)
 
@@ -64,15 +69,29 @@ def _wants_onednn(x: Tensor) -> bool:
     )
 
 
+class ClipNorm(nn.GroupNorm):
+    """Group norm that averages over all frames, rows and columns of a clip."""
+
+    reach: Reach = WHOLE
+
+    def __init__(self, groups: int, channels: int) -> None:
+        """Build a norm of ``channels`` in ``groups`` with weight and bias."""
+        super().__init__(groups, channels, eps=NORM_EPS)
+
+    def forward(self, input: Features) -> Features:
+        """Return features of the same shape."""
+        return self.reach.normalised(input, self)
+
+
 class ResnetBlock(nn.Module):
     """Two normalised convolutions around a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         """Build a block; a 1x1x1 convolution carries the skip when the channels change."""
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=NORM_EPS)
+        self.norm1 = ClipNorm(groups, inputs)
         self.conv1 = CausalConv3d(inputs, outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=NORM_EPS)
+        self.norm2 = ClipNorm(groups, outputs)
         self.conv2 = CausalConv3d(outputs, outputs)
         self.conv_shortcut = CausalConv3d(inputs, outputs, kernel=1) if inputs != outputs else None
 
@@ -86,10 +105,12 @@ class ResnetBlock(nn.Module):
 class FrameCausalAttention(nn.Module):
     """One attention head as wide as the features; a frame sees itself and the frames before it."""
 
+    reach: Reach = WHOLE
+
     def __init__(self, channels: int, groups: int) -> None:
         """Build projections of ``channels`` features with bias."""
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.group_norm = ClipNorm(groups, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -102,17 +123,19 @@ class FrameCausalAttention(nn.Module):
         query, key, value = (
             layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = attend_past(query, key, value, frames, height * width).squeeze(1)
+        key, value, earlier = self.reach.past(key, value, frames)
+        attended = attend_past(query, key, value, frames, earlier).squeeze(1)
         out = self.to_out[0](attended).transpose(1, 2)
         return x + out.reshape(batch, channels, frames, height, width)
 
 
-def attend_past(query: Tensor, key: Tensor, value: Tensor, frames: int, per_frame: int) -> Tensor:
+def attend_past(query: Tensor, key: Tensor, value: Tensor, frames: int, earlier: int) -> Tensor:
     # Frame by frame over a growing slice of the past instead of a [T*H*W, T*H*W] mask: half the
     # work, and a 17 x 32 x 32 tile would need a mask of 303 million entries.
+    keys = key.shape[2] // (earlier + frames)
     parts = []
-    for end in range(per_frame, frames * per_frame + 1, per_frame):
-        now = query[:, :, end - per_frame : end]
+    for frame, now in enumerate(query.chunk(frames, dim=2), start=earlier + 1):
+        end = frame * keys
         parts.append(F.scaled_dot_product_attention(now, key[:, :, :end], value[:, :, :end]))
     return torch.cat(parts, dim=2)
 
@@ -151,6 +174,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour enlargement that never doubles the first frame, then a convolution."""
 
+    reach: Reach = WHOLE
+
     def __init__(self, channels: int, factor: Stride) -> None:
         """Build an enlargement by (time, height, width) factors."""
         super().__init__()
@@ -162,7 +187,8 @@ class Upsample(nn.Module):
         # Enlarging every frame alike and dropping the surplus copies of the first one is the same
         # as treating it apart, without joining two tensors.
         enlarged = F.interpolate(x, scale_factor=self.factor, mode="nearest")
-        return self.conv(enlarged[:, :, self.factor[0] - 1 :])
+        surplus = self.factor[0] - 1 if self.reach.begins else 0
+        return self.conv(enlarged[:, :, surplus:])
 
 
 class DownBlock(nn.Module):

@@ -13,8 +13,8 @@ from hunyuan_train.models.shapes import Latents
 from hunyuan_train.models.vae.base import INITIAL_LOGVAR, Pixels, Vae
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.layers import (
-    NORM_EPS,
     CausalConv3d,
+    ClipNorm,
     DownBlock,
     Features,
     FrameCausalAttention,
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
             ]
         )
         self.mid_block = MidBlock(widths[-1], groups, cfg.mid_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * cfg.latent_channels)
 
     def forward(self, pixels: Pixels) -> Features:
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
                 for before, after, factor in zip(inputs, widths, UP_FACTORS, strict=True)
             ]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], cfg.out_channels)
 
     def forward(self, latents: Latents) -> Pixels:
