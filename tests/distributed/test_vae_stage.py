@@ -130,9 +130,11 @@ def test_two_ranks_learn_what_one_learns(
 
 def compare(run: Path, single: Path) -> None:
     for one, two in zip(rows(single), rows(run), strict=True):
-        for name in ("loss", "absolute", "kl", "gabor-pyramid", "discriminator", "grad_norm"):
+        for name in ("loss", "absolute", "kl", "gabor-pyramid", "discriminator"):
             if name in one:
-                assert two[name] == pytest.approx(one[name], rel=2e-3), (name, one["step"])
+                assert two[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])
+        # The signs that the absolute error's gradient is made of flip where rounding differs.
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2), one["step"]
         assert two["samples"] == one["samples"]
     ours, theirs = sections(run), sections(single)
     for section, weights in theirs.items():
