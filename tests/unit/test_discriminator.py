@@ -131,9 +131,12 @@ def test_learns_to_tell_stripes_from_noise(frames):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 0}, "discriminator.layers=0 must be at least 1"),
+        ({"layers": 0}, "vae_loss.discriminator.layers=0 must be at least 1"),
         ({"norm_groups": -1}, "discriminator.norm_groups=-1 must not be negative"),
-        ({"norm_groups": 3}, "norm_groups=3 must divide discriminator.base_channels=8"),
+        (
+            {"norm_groups": 3},
+            r"discriminator.norm_groups=3 must divide vae_loss.discriminator.base_channels=8",
+        ),
     ],
 )
 def test_config_names_the_wrong_field(changes, message):
