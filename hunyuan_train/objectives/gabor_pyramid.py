@@ -47,6 +47,7 @@ class GaborPyramid(nn.Module):
         """Build the filters."""
         super().__init__()
         self.register_buffer("opponent", torch.tensor(_TO_OPPONENT), persistent=False)
+        self.register_buffer("colour_weights", torch.tensor(COLOUR_WEIGHTS), persistent=False)
         filters = torch.cat([_band_filters(), _gaussian(KERNEL_PX, ENVELOPE_PX)])
         self.register_buffer("filters", filters, persistent=False)
 
@@ -57,7 +58,7 @@ class GaborPyramid(nn.Module):
             targets = list(self._responses(pixels))
         for scale, (mine, other) in enumerate(zip(self._responses(decoded), targets, strict=True)):
             noticed = _noticed((mine - other).square().sum(dim=2)).mean(dim=(2, 3))
-            weights = noticed.new_tensor(COLOUR_WEIGHTS[: noticed.shape[1]])
+            weights = self.get_buffer("colour_weights")[: noticed.shape[1]]
             total = total + SCALE_WEIGHTS[scale] * (noticed @ weights)
         return GAIN * total
 

@@ -336,3 +336,16 @@ def test_narrow_clips_are_compared_in_float32():
     assert got.dtype == torch.float32
     want = distance((0.5 * pixels).bfloat16().float(), pixels.bfloat16().float())
     torch.testing.assert_close(got, want)
+
+
+def test_mixed_precision_does_not_reach_the_comparison():
+    distance = build_perceptual("", "cpu")
+    pixels = torch.rand(1, 3, 1, 16, 16) * 2 - 1
+    found = []
+    for enabled in (False, True):
+        decoded = (0.9 * pixels).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = distance(decoded, pixels)
+        value.sum().backward()
+        found.append((value.detach(), decoded.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
