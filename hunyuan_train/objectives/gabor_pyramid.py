@@ -4,8 +4,8 @@ A picture is split into brightness and two colour differences. At up to four res
 filtered by oriented band-pass pairs (Gabor 1946; Daugman 1985) and by a Gaussian, and a response is
 divided by what the same place responds to in all orientations (Heeger 1992), as a cell of the
 visual cortex is. The distance is the mean squared difference of what remains, less where it is too
-small to be noticed, and at most 1 at a place. It sees what a viewer sees first: missing edges and texture, wrong colours;
-noise counts less where the picture is busy.
+small to be noticed, and at most 1 at a place. It sees what a viewer sees first: missing edges and
+texture, wrong colours; noise counts less where the picture is busy.
 """
 
 import math
@@ -22,7 +22,7 @@ ORIENTATIONS = 4
 KERNEL_PX = 5
 WAVELENGTH_PX = 4.0
 ENVELOPE_PX = 1.2
-"""Deviation of the Gaussian around a band-pass filter: a bandwidth of about an octave."""
+"""Deviation of the Gaussian around a band-pass filter: a bandwidth of about two octaves."""
 SCALE_WEIGHTS = (0.4, 0.8, 1.0, 1.0)
 """Eyes see little of the finest detail, and noise has most of its energy there."""
 COLOUR_WEIGHTS = (1.0, 0.5, 0.5)
@@ -34,7 +34,7 @@ VISIBLE = 0.1
 MEAN_WEIGHT = 1.0
 """Of differences of local means, which band-pass filters do not see: brightness and hue."""
 GAIN = 2.0
-"""Brings a blur by two pixels to about 0.3, as it is by LPIPS, so that weights carry over."""
+"""Brings photographs blurred by a Gaussian of two pixels to about 0.25."""
 
 # Rows: brightness, blue and red difference (ITU-R BT.601), scaled to [-1, 1].
 _TO_OPPONENT = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
@@ -47,6 +47,7 @@ class GaborPyramid(nn.Module):
         """Build the filters."""
         super().__init__()
         self.register_buffer("opponent", torch.tensor(_TO_OPPONENT), persistent=False)
+        self.register_buffer("colour_weights", torch.tensor(COLOUR_WEIGHTS), persistent=False)
         filters = torch.cat([_band_filters(), _gaussian(KERNEL_PX, ENVELOPE_PX)])
         self.register_buffer("filters", filters, persistent=False)
 
@@ -57,7 +58,7 @@ class GaborPyramid(nn.Module):
             targets = list(self._responses(pixels))
         for scale, (mine, other) in enumerate(zip(self._responses(decoded), targets, strict=True)):
             noticed = _noticed((mine - other).square().sum(dim=2)).mean(dim=(2, 3))
-            weights = noticed.new_tensor(COLOUR_WEIGHTS[: noticed.shape[1]])
+            weights = self.get_buffer("colour_weights")[: noticed.shape[1]]
             total = total + SCALE_WEIGHTS[scale] * (noticed @ weights)
         return GAIN * total
 
@@ -86,7 +87,7 @@ class GaborPyramid(nn.Module):
 
 
 def _noticed(squared: Tensor) -> Tensor:
-    """Return about ``squared`` between VISIBLE^2 and 1, its square over VISIBLE^2 below, 1 above."""
+    """Return about ``squared`` between VISIBLE^2 and 1; faint ones count less."""
     return squared.square() / ((squared + VISIBLE**2) * (1 + squared))
 
 

@@ -69,7 +69,11 @@ class FrameDistance:
         """
         assert decoded.shape == pixels.shape, (decoded.shape, pixels.shape)
         batch, frames = decoded.shape[0], decoded.shape[2]
-        distances = _InChunks.apply(_frames(decoded), _frames(pixels), self.network, self._chunk_px)
+        # The squares of small differences drown in narrower types.
+        with torch.autocast(decoded.device.type, enabled=False):
+            distances = _InChunks.apply(
+                _frames(decoded), _frames(pixels), self.network, self._chunk_px
+            )
         assert isinstance(distances, Tensor)
         return distances.view(batch, frames).mean(dim=1)
 
@@ -126,5 +130,5 @@ def build_perceptual(folder: str, device: torch.device | str) -> FrameDistance:
 
 
 def _frames(clips: Tensor) -> Tensor:
-    # [B, 3, F, H, W] to [B * F, 3, H, W]; float32 also under autocast's narrower types.
+    # [B, 3, F, H, W] to [B * F, 3, H, W].
     return clips.float().transpose(1, 2).flatten(0, 1)

@@ -21,13 +21,17 @@ class DiscriminatorConfig:
         """Raise ValueError for an impossible shape."""
         for name in ("base_channels", "layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"discriminator.{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(
+                    f"vae_loss.discriminator.{name}={getattr(self, name)} must be at least 1"
+                )
         if self.norm_groups < 0:
-            raise ValueError(f"discriminator.norm_groups={self.norm_groups} must not be negative")
+            raise ValueError(
+                f"vae_loss.discriminator.norm_groups={self.norm_groups} must not be negative"
+            )
         if self.norm_groups and self.base_channels % self.norm_groups:
             raise ValueError(
-                f"discriminator.norm_groups={self.norm_groups} must divide "
-                f"discriminator.base_channels={self.base_channels}"
+                f"vae_loss.discriminator.norm_groups={self.norm_groups} must divide "
+                f"vae_loss.discriminator.base_channels={self.base_channels}"
             )
 
     @property
