@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.config.run import Trains
 from hunyuan_train.engine.ending import End
 from hunyuan_train.engine.plan_report import RunPlan, layout_name
 from hunyuan_train.engine.planning_run import plan_run
@@ -106,10 +107,15 @@ def plan_curriculum(
     """Plan the chosen stages on ``cfg.cluster``.
 
     Raises:
-        ValueError: a stage fits no layout; the message names it.
+        ValueError: a stage fits no layout, or trains the VAE; the message names it.
     """
     costs = []
     for name in chosen:
+        if stages[name].stage.trains is Trains.vae:
+            raise ValueError(
+                f"stage {name} trains the VAE, and predictions are of the diffusion model; plan "
+                "the other stages with --from and --until"
+            )
         try:
             plan = plan_run(stages[name])
         except ValueError as error:

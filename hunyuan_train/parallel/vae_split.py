@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hunyuan_train.models.shapes import Latents
+from hunyuan_train.models.vae.base import Pixels, Posterior, check_pixels
 from hunyuan_train.models.vae.config import TEMPORAL_RATIO
 from hunyuan_train.models.vae.layers import CausalConv3d
-from hunyuan_train.models.vae.base import Pixels, Posterior, check_pixels
 from hunyuan_train.models.vae.model import DOWN_STRIDES, UP_FACTORS, CausalVae3D
 from hunyuan_train.models.vae.reach import WHOLE
 from hunyuan_train.parallel.collectives import gather_runs, sum_to_whole

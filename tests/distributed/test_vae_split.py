@@ -13,8 +13,8 @@ from distributed import run_distributed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.base import Posterior
+from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.parallel import vae_halo, vae_norm
 from hunyuan_train.parallel.vae_split import SplitVae, join_vae, split_vae

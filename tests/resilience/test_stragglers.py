@@ -14,8 +14,8 @@ from watched_ranks import SETTINGS, Ranks
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.collate import Batch
-from hunyuan_train.engine.own_work import OwnWork
 from hunyuan_train.engine.denoising import training_flops
+from hunyuan_train.engine.own_work import OwnWork
 from hunyuan_train.engine.trial import MicroBatch, make_batch
 from hunyuan_train.resilience.config import ResilienceConfig
 from hunyuan_train.resilience.events import Events, read_events

@@ -11,9 +11,9 @@ from tiny_run import MODEL
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.engine.denoising import forward_flops, teacher_flops, training_flops
 from hunyuan_train.engine.footprint import footprint
 from hunyuan_train.engine.inputs import ModelInputs, build_inputs
-from hunyuan_train.engine.denoising import forward_flops, teacher_flops, training_flops
 from hunyuan_train.engine.teacher import (
     TEACHER_NAME,
     Teacher,

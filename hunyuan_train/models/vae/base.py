@@ -84,11 +84,6 @@ class Vae(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter, also after construction on the meta device."""
 
-    @property
-    @abstractmethod
-    def last_decoder_kernel(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-
     @abstractmethod
     def encode_tile(self, pixels: Tensor) -> Tensor:
         """Return mean and log-variance of pixels that are not cut further."""

@@ -299,11 +299,6 @@ class StrictlyCausalVae(Vae):
         out.weight[channels:] *= 0.1
         out.get_parameter("bias")[channels:] = INITIAL_LOGVAR
 
-    @property
-    def last_decoder_kernel(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.conv.weight
-
     def encode_tile(self, pixels: Tensor) -> Tensor:
         """Return mean and log-variance of pixels that are not cut further."""
         return self.encoder(pixels)

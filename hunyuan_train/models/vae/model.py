@@ -129,11 +129,6 @@ class CausalVae3D(Vae):
         self.quant_conv.weight[channels:] *= 0.1
         self.quant_conv.get_parameter("bias")[channels:] = INITIAL_LOGVAR
 
-    @property
-    def last_decoder_kernel(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.conv.weight
-
     def encode_tile(self, pixels: Tensor) -> Tensor:
         """Return mean and log-variance of pixels that are not cut further."""
         return self.quant_conv(self.encoder(pixels))
