@@ -67,7 +67,7 @@ class PastAttention(nn.Module):
 
     def forward(self, x: Features) -> Features:
         """Return x plus the attended values, same shape."""
-        frames, height, width = x.shape[2:]
+        frames = x.shape[2]
         normed = self.norm(x)
         query, key, value = (
             layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, T*H*W, C]
