@@ -11,6 +11,7 @@ from torch import Tensor
 from hunyuan_train.checkpoint.load import find_checkpoint, restore_into
 from hunyuan_train.config.compose import CONFIG_NAME
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import check_vae
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import lay_out
 from hunyuan_train.engine.ledger import Ledger, Status
@@ -111,6 +112,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     prompts = read_prompts(cfg.sample)
     check_pictures(prompts, cfg.model.image_condition)
     vae = load_vae(cfg.run.vae, world.device)
+    check_vae(vae.cfg)
     text_encoder = build_text_encoder(cfg.text, world.device)
     model = load_model(cfg, checkpoint, world)
     axes = model.axes

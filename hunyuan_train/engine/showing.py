@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import check_vae
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import TrainRun
@@ -131,6 +132,7 @@ class Showing:
         check_pictures(self._prompts, cfg.model.image_condition)
         self._texts = know_texts(cfg, captions_of(self._prompts), run.world)
         self._vae = load_vae(cfg.run.vae)
+        check_vae(self._vae.cfg)
 
     def shown(self, step: int) -> bool:
         """Return whether the samples of a step are complete."""

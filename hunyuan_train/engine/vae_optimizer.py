@@ -34,14 +34,14 @@ class VaeOptimizer:
         )
         self._total_steps = cfg.steps
         self._parameters = list(vae.parameters())
-        self._kernels = [p for p in self._parameters if p.ndim > 1]
+        self._kernels = [p for p in self._parameters if _is_kernel(p)]
         # Muon takes matrices only; these share their kernels' memory.
         self._matrices = [nn.Parameter(_as_matrix(p.detach())) for p in self._kernels]
         pairs = zip(self._kernels, self._matrices, strict=True)
         assert all(p.data_ptr() == m.data_ptr() for p, m in pairs), "kernels are not channels-last"
         muon = Muon(self._matrices, lr=cfg.kernel_lr, weight_decay=0.0)
         adam = AdamW(
-            [p for p in self._parameters if p.ndim <= 1],
+            [p for p in self._parameters if not _is_kernel(p)],
             betas=(self.recipe.beta1, self.recipe.beta2),
             weight_decay=0.0,
         )
@@ -61,6 +61,11 @@ class VaeOptimizer:
             set_learning_rate(optimizer, ratio * rate)
             optimizer.step()
         return True
+
+
+def _is_kernel(parameter: Tensor) -> bool:
+    # The gains of vae_hy15 have four sizes, three of them 1.
+    return parameter.ndim > 1 and parameter.numel() > len(parameter)
 
 
 def _as_matrix(kernel: Tensor) -> Tensor:

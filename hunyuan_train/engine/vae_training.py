@@ -69,7 +69,7 @@ def train_vae(
     Returns:
         The loss curve, the reconstruction error and the latents' scale.
     """
-    vae.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    vae.channels_last()
     vae.train()
     optimizer = VaeOptimizer(vae, cfg)
     ema = Ema(vae, optimizer.recipe)
