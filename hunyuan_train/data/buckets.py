@@ -67,7 +67,8 @@ class Bucket:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Latent (T, h, w) of the 4x8x8 VAE."""
-        return ((self.frames - 1) // FRAME_STRIDE + 1, self.height // LATENT_PX, self.width // LATENT_PX)
+        area = self.height // LATENT_PX, self.width // LATENT_PX
+        return ((self.frames - 1) // FRAME_STRIDE + 1, *area)
 
     @property
     def tokens(self) -> int:

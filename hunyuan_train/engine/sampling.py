@@ -31,6 +31,7 @@ from hunyuan_train.parallel.apply import ParallelModel, check_sequence
 from hunyuan_train.parallel.config import Offload, ReduceEvery, ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import build_axes
+from hunyuan_train.parallel.tile_spread import tile_spread
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         progress=_log_progress if world.rank == 0 else None,
         items=range(axes.rank("dp"), count, axes.size("dp")),
         decode_share=(axes.rank("model"), axes.size("model")),
+        spread=tile_spread(axes, world.device),
     )
     mine: list[tuple[int, int, str, Tensor]] = []
     for video in videos:

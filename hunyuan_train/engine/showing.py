@@ -39,6 +39,7 @@ from hunyuan_train.memory.recompute import set_recompute
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.observability.trackers import Media
 from hunyuan_train.parallel.apply import check_sequence
+from hunyuan_train.parallel.tile_spread import tile_spread
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class Showing:
                 progress=lambda done, total: mark(),
                 items=items,
                 decode_share=(axes.rank("model"), axes.size("model")),
+                spread=tile_spread(axes, device),
             ):
                 mark()
                 if video.prompt_index * cfg.num_per_prompt + video.repeat in mine:

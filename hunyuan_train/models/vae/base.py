@@ -180,7 +180,7 @@ class Vae(nn.Module):
         return latents / self.cfg.scaling_factor
 
     def channels_last(self) -> Self:
-        """Store the kernels of convolutions as a CPU computes them: 10 to 40 % faster, same values."""
+        """Store kernels the way a CPU reads them: 10 to 40 % faster, the same values."""
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
