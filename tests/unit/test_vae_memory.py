@@ -53,7 +53,8 @@ def test_a_whole_video_holds_one_batch_of_tiles_besides_its_ends():
         with LiveBytes() as live:
             vae.encode(pixels)
         predicted = vae_peak_bytes(cfg, (33, 136, 112), batch=batch)
-        assert 0.9 * predicted < live.peak_bytes < 1.15 * predicted
+        # Cutting it makes views of the video, so that it is counted too.
+        assert 0.9 * predicted < live.peak_bytes - pixels.nbytes < 1.1 * predicted
 
 
 def test_tile_shape():
