@@ -119,7 +119,7 @@ def fresh(*arguments: str | Path) -> dict[str, Any]:
 
 def measure(report: Report, args: argparse.Namespace, folder: Path) -> None:
     """Fill the report."""
-    height, width = (64, 96) if args.quick else (480, 848)
+    height, width = (64, 96) if args.quick else (480, 640)
     minutes = [0.05, 0.1] if args.quick else args.minutes
     cfg = write_vae(folder / "vae", args.quick)
     clip, peaks = folder / "clip.mp4", {}
@@ -131,9 +131,9 @@ def measure(report: Report, args: argparse.Namespace, folder: Path) -> None:
         found = fresh("--encode", clip, folder / "vae")
         peaks[length] = found["peak_gib"]
         report.add(f"{length:g} min", at_most(found["peak_gib"], MOST_GIB, making_s=made, **found))
-    growth = peaks[minutes[-1]] / peaks[minutes[0]]
-    report.add("growth", at_most(growth, MOST_GROWTH, of=f"{minutes[-1]:g} min", to=minutes[0]))
-    predicted = vae_peak_bytes(cfg, (frames, height, width))
+    growth = peaks[max(minutes)] / peaks[min(minutes)]
+    report.add("growth", at_most(growth, MOST_GROWTH, of=max(minutes), over=min(minutes)))
+    predicted = vae_peak_bytes(cfg, (cfg.tile_frames + 1, height, width))
     report.add("predicted tile", {"value": predicted / GIB, "unit": "GiB"})
     write_clip(clip, cfg.tile_frames + 13, height, width, args.fps)
     found = fresh("--compare", clip, folder / "vae")
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few seconds of tiny video")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 10])
-    parser.add_argument("--fps", type=int, default=4)
+    parser.add_argument("--fps", type=int, default=2)
     parser.add_argument("--encode", nargs=2, type=Path, metavar=("CLIP", "VAE"))
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("CLIP", "VAE"))
     args = parser.parse_args()

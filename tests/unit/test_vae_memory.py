@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hunyuan_train.data.buckets import Bucket
+from hunyuan_train.engine.sampling import use_free_memory
 from hunyuan_train.memory.tracing import LiveBytes
 from hunyuan_train.memory.vae import (
     KERNEL_FACTOR,
@@ -14,6 +16,7 @@ from hunyuan_train.memory.vae import (
 from hunyuan_train.models.vae.build import build_vae
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.tile_work import TileWork
+from hunyuan_train.runtime.dist import World
 
 CONFIGS = {
     "vae_884": VaeConfig(
@@ -82,6 +85,19 @@ def test_a_tile_that_does_not_fit_is_refused_with_one_that_does():
         choose_tile_batch(cfg, video, free)
     with pytest.raises(ValueError, match=r"decoding one tile .* GiB are free; free some"):
         choose_tile_batch(cfg, video, 1000, decode=True)
+
+
+def test_sampling_decodes_as_many_tiles_together_as_the_gpu_has_room_for(monkeypatch, caplog):
+    cfg, bucket = CONFIGS["vae_884"], Bucket(33, 128, 112)
+    vae = build_vae(cfg)
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cuda"))
+    one = KERNEL_FACTOR * vae_peak_bytes(cfg, (33, 128, 112), decode=True)
+    for room, batch in ((5.0, 4), (0.5, 1)):
+        free = round(room * one)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
+        use_free_memory(vae, bucket, world)
+        assert vae.work.batch == batch
+    assert "decoding one tile of 17 frames of 64 x 64 px takes" in caplog.text
 
 
 def test_released_sizes_are_known_without_memory():
