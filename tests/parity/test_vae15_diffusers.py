@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 
+from hunyuan_train.cli.main import main
 from hunyuan_train.config.compose import compose_config
 from hunyuan_train.models.vae.base import Vae
 from hunyuan_train.models.vae.build import build_vae
@@ -169,6 +170,15 @@ def test_a_folder_of_diffusers_loads_and_ours_comes_back(tmp_path):
     fields = AutoencoderKLHunyuanVideo15.load_config(tmp_path / "theirs")
     assert fields["_class_name"] == RELEASED_CLASSES["vae_hy15"]
     assert config_from_released(fields) == tiny(tile_spatial=True)
+    for start, source, target, end in (
+        ("theirs", "diffusers", "ours", "made"), ("made", "ours", "diffusers", "back")
+    ):  # fmt: skip
+        ends = [f"input={tmp_path / start}", f"output={tmp_path / end}"]
+        assert main(["convert", "model=vae", f"from={source}", f"to={target}", *ends]) == 0
+    state = load_vae(tmp_path / "made").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights().items())
+    back = AutoencoderKLHunyuanVideo15.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[name], value) for name, value in weights().items())
 
 
 def test_initial_weights_pass_the_picture_on():
