@@ -10,6 +10,8 @@ VERBS = {
     "curriculum": "run the stages of conf/curriculum, each after the one it needs",
     "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",
+    "encode": "a video file of any length to a file of its latents",
+    "decode": "a file of latents back to a video",
     "plan": "layouts that fit a cluster and what they take; `plan data`, `verify`, `budget`",
     "scaling": "a scaling law from runs of several sizes; `scaling sweep` trains them",
     "sample": "videos from a run's weights and prompts",

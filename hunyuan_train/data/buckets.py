@@ -7,9 +7,12 @@ from enum import StrEnum
 from typing import Self
 
 from hunyuan_train.data.quarantine import MediaError, Reason
+from hunyuan_train.models.vae.config import VaeConfig
 
 PIXEL_MULTIPLE = 16
-"""8 pixels per latent (VAE) times 2 latents per token (DiT patch)."""
+"""LATENT_PX pixels per latent (VAE) times 2 latents per token (DiT patch)."""
+LATENT_PX = 8
+"""Pixels per latent position along height and along width."""
 FRAME_STRIDE = 4
 """Pixel frames per latent frame after the first."""
 
@@ -64,7 +67,8 @@ class Bucket:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Latent (T, h, w) of the 4x8x8 VAE."""
-        return ((self.frames - 1) // FRAME_STRIDE + 1, self.height // 8, self.width // 8)
+        area = self.height // LATENT_PX, self.width // LATENT_PX
+        return ((self.frames - 1) // FRAME_STRIDE + 1, *area)
 
     @property
     def tokens(self) -> int:
@@ -122,6 +126,16 @@ def check_frames(frames: int, name: str) -> None:
         raise ValueError(
             f"{name}={frames} is not 4n+1 (1, 5, 9, 13, ...); "
             f"use {_nearest(frames, FRAME_STRIDE, 1)}"
+        )
+
+
+def check_vae(cfg: VaeConfig) -> None:
+    """Raise ValueError unless the VAE's latents have the size that buckets are counted with."""
+    if cfg.spatial_ratio != LATENT_PX:
+        raise ValueError(
+            f"the VAE in run.vae ({cfg.kind}) makes one latent of {cfg.spatial_ratio} x "
+            f"{cfg.spatial_ratio} pixels, but buckets, latent stores and the transformer count "
+            f"{LATENT_PX} x {LATENT_PX}; give run.vae a vae_884"
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import check_vae
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.manifest import Source, list_sources
 from hunyuan_train.encoders.latents import LatentEncoder
@@ -93,9 +94,10 @@ def build_latent_encoder(folder: str, device: torch.device) -> LatentEncoder:
     """Load the VAE in ``folder`` onto ``device`` for encoding.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or its latents are not those of buckets.
     """
     vae = load_vae(folder, device)
+    check_vae(vae.cfg)
     return LatentEncoder(vae, device, next(vae.parameters()).dtype, vae.cfg.scaling_factor)
 
 

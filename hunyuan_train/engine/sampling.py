@@ -11,6 +11,7 @@ from torch import Tensor
 from hunyuan_train.checkpoint.load import find_checkpoint, restore_into
 from hunyuan_train.config.compose import CONFIG_NAME
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import Bucket, check_vae
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import lay_out
 from hunyuan_train.engine.ledger import Ledger, Status
@@ -24,15 +25,21 @@ from hunyuan_train.evaluation.video import (
     write_contact_sheet,
     write_sample,
 )
+from hunyuan_train.memory.vae import choose_tile_batch
 from hunyuan_train.models.lora import saved_parameters
+from hunyuan_train.models.vae.base import Vae
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.parallel.apply import ParallelModel, check_sequence
 from hunyuan_train.parallel.config import Offload, ReduceEvery, ZeroEngine
 from hunyuan_train.parallel.init import init_parameters
 from hunyuan_train.parallel.mesh import build_axes
+from hunyuan_train.parallel.tile_spread import tile_spread
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
+
+_FREE_SHARE = 0.8
+"""Of the GPU's free memory; the rest is for the video itself."""
 
 PROMPTS_NAME = "prompts.json"
 """File beside the samples that lists their prompts, in order."""
@@ -111,8 +118,10 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
     prompts = read_prompts(cfg.sample)
     check_pictures(prompts, cfg.model.image_condition)
     vae = load_vae(cfg.run.vae, world.device)
+    check_vae(vae.cfg)
     text_encoder = build_text_encoder(cfg.text, world.device)
     model = load_model(cfg, checkpoint, world)
+    use_free_memory(vae, cfg.sample.bucket, world)
     axes = model.axes
     folder = Path(cfg.sample.output or Path(cfg.run.dir) / "samples")
     count = len(prompts) * cfg.sample.num_per_prompt
@@ -125,6 +134,7 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         progress=_log_progress if world.rank == 0 else None,
         items=range(axes.rank("dp"), count, axes.size("dp")),
         decode_share=(axes.rank("model"), axes.size("model")),
+        spread=tile_spread(axes, world.device),
     )
     mine: list[tuple[int, int, str, Tensor]] = []
     for video in videos:
@@ -138,6 +148,24 @@ def sample_run(cfg: RunConfig, checkpoint: Path, world: World) -> Path:
         write_contact_sheet(sheet, [row[3] for row in rows], [row[2] for row in rows])
         log.info("wrote %d samples of %s to %s", count, checkpoint, folder)
     return folder
+
+
+def use_free_memory(vae: Vae, bucket: Bucket, world: World) -> None:
+    """Let as many tiles be decoded together as the GPUs have room for, on all ranks alike.
+
+    A tile that seems too large is tried alone, after a warning: the estimate has a margin.
+    """
+    if world.device.type != "cuda":
+        return
+    free = int(_FREE_SHARE * torch.cuda.mem_get_info(world.device)[0])
+    video, dtype = (bucket.frames, bucket.height, bucket.width), next(vae.parameters()).dtype
+    batch = 1
+    try:
+        batch = choose_tile_batch(vae.cfg, video, free, decode=True, dtype=dtype)
+    except ValueError as error:
+        log.warning("%s", error)
+    # Ranks that share the tiles of a video must cut the work alike.
+    vae.work = replace(vae.work, batch=min(gather_objects(batch)))
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_train.config.root import RunConfig
+from hunyuan_train.data.buckets import check_vae
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.build import TrainRun
@@ -38,6 +39,7 @@ from hunyuan_train.memory.recompute import set_recompute
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.observability.trackers import Media
 from hunyuan_train.parallel.apply import check_sequence
+from hunyuan_train.parallel.tile_spread import tile_spread
 from hunyuan_train.runtime.dist import World, gather_objects
 
 log = logging.getLogger(__name__)
@@ -131,6 +133,7 @@ class Showing:
         check_pictures(self._prompts, cfg.model.image_condition)
         self._texts = know_texts(cfg, captions_of(self._prompts), run.world)
         self._vae = load_vae(cfg.run.vae)
+        check_vae(self._vae.cfg)
 
     def shown(self, step: int) -> bool:
         """Return whether the samples of a step are complete."""
@@ -165,6 +168,7 @@ class Showing:
                 progress=lambda done, total: mark(),
                 items=items,
                 decode_share=(axes.rank("model"), axes.size("model")),
+                spread=tile_spread(axes, device),
             ):
                 mark()
                 if video.prompt_index * cfg.num_per_prompt + video.repeat in mine:

@@ -12,12 +12,16 @@ from hunyuan_train.encoders.latents import PosteriorLike, to_model_range
 from hunyuan_train.evaluation.prompts import Prompt, read_picture
 from hunyuan_train.models.hunyuan.config import ImageCondition
 from hunyuan_train.models.vae.config import VaeConfig
+from hunyuan_train.models.vae.tile_work import TileWork
 from hunyuan_train.objectives.tasks import frame_mask, place_frames
 
 
 @runtime_checkable
 class SampleVae(Protocol):
     """What sampling needs of a VAE."""
+
+    work: TileWork
+    """How it runs the tiles of a large video."""
 
     @property
     def cfg(self) -> VaeConfig:

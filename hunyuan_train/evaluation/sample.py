@@ -1,7 +1,7 @@
 """Sampling: Euler integration of the learned flow from noise to latents, then decoding."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -15,6 +15,7 @@ from hunyuan_train.evaluation.given import GivenFrames, SampleVae, check_picture
 from hunyuan_train.evaluation.prompts import Prompt, captions_of
 from hunyuan_train.evaluation.schedules import sigma_schedule
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
+from hunyuan_train.models.vae.tile_work import TileSpread
 from hunyuan_train.objectives.conditioning import guidance_input
 from hunyuan_train.objectives.flow_matching import model_time
 from hunyuan_train.objectives.tasks import give_frames
@@ -161,6 +162,7 @@ def sample_videos(
     progress: Progress | None = None,
     items: Sequence[int] | None = None,
     decode_share: tuple[int, int] = (0, 1),
+    spread: TileSpread | None = None,
 ) -> Iterator[SampledVideo]:
     """Sample every prompt `cfg.num_per_prompt` times and yield the decoded videos one by one.
 
@@ -177,6 +179,8 @@ def sample_videos(
         items: sample numbers to make, for a rank's share; all when None.
         decode_share: (rank, ranks) among those that sample the same items with one model spread
             over them; each decodes and yields every so many-th of them.
+        spread: those ranks again: where a batch has fewer videos than there are ranks, they share
+            the tiles of each video.
 
     Raises:
         ValueError: no prompts, or pictures for a model that takes none.
@@ -199,16 +203,24 @@ def sample_videos(
         places = [divmod(number, cfg.num_per_prompt) for number in batch]
         wanted = [(prompts[place], repeat) for place, repeat in places]
         latents = _sample_batch(model, vae, texts, wanted, cfg, count_step)
+        together = spread if _share_tiles(vae, cfg, len(batch), spread) else None
         for row, (place, repeat) in enumerate(places):
-            if batch[row] % decode_share[1] != decode_share[0]:
+            mine = batch[row] % decode_share[1] == decode_share[0]
+            if not mine and together is None:
                 continue
             # One at a time: decoding needs several times the memory of sampling.
-            yield SampledVideo(
-                prompt=prompts[place].prompt,
-                prompt_index=place,
-                repeat=repeat,
-                pixels=decode_latents(vae, latents[row : row + 1])[0],
-            )
+            pixels = decode_latents(vae, latents[row : row + 1], together)[0]
+            if mine:
+                yield SampledVideo(
+                    prompt=prompts[place].prompt, prompt_index=place, repeat=repeat, pixels=pixels
+                )
+
+
+def _share_tiles(vae: SampleVae, cfg: SampleConfig, videos: int, spread: TileSpread | None) -> bool:
+    """Tell whether sharing the tiles of a video beats sharing the videos."""
+    bucket = cfg.bucket
+    cut = vae.cfg.cuts(bucket.frames, bucket.height, bucket.width)
+    return spread is not None and cut and videos < spread.size
 
 
 class _Texts:
@@ -256,8 +268,15 @@ def _sample_batch(
 
 
 @torch.no_grad()
-def decode_latents(vae: SampleVae, latents: Tensor) -> Tensor:
-    """Decode scaled latents [B, C, T, h, w] to pixels [B, 3, F, H, W], float32 on the CPU."""
+def decode_latents(vae: SampleVae, latents: Tensor, spread: TileSpread | None = None) -> Tensor:
+    """Decode scaled latents [B, C, T, h, w] to pixels [B, 3, F, H, W], float32 on the CPU.
+
+    With ``spread`` all its ranks call this with the same latents and get the same pixels.
+    """
     parameter = next(vae.parameters())
-    pixels = vae.decode(vae.unscale(latents).to(parameter.device, parameter.dtype))
+    alone, vae.work = vae.work, replace(vae.work, spread=spread)
+    try:
+        pixels = vae.decode(vae.unscale(latents).to(parameter.device, parameter.dtype))
+    finally:
+        vae.work = alone
     return pixels.float().clamp(-1, 1).cpu()

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from types import TracebackType
+from typing import Self, cast
 
 import av
 import numpy as np
@@ -59,26 +60,57 @@ def write_mp4(
     Returns:
         The path.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = to_uint8(pixels)
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    codec = codec or choose_codec()
-    partial = path.with_name(f"{path.name}.partial")
-    with av.open(str(partial), mode="w", format="mp4") as container:
+    with Mp4Writer(path, fps, crf, codec) as writer:
+        writer.add(pixels)
+    return Path(path)
+
+
+class Mp4Writer:
+    """Writes an mp4 piece by piece; see :func:`write_mp4`."""
+
+    def __init__(self, path: Path | str, fps: int, crf: int = 18, codec: str | None = None) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        self.frames = 0
+        """Frames written so far."""
+        codec = codec or choose_codec()
+        self._container = av.open(str(self._partial), mode="w", format="mp4")
         options = _quality(codec, crf)
-        stream = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        _tag_bt709(stream.codec_context)
+        stream = self._container.add_stream(codec, rate=fps, options=options)
+        self._stream = cast(av.VideoStream, stream)
+
+    def add(self, pixels: Tensor) -> None:
+        """Append [3, n, H, W] in [-1, 1], of the same size every time."""
+        frames = to_uint8(pixels)
+        _, height, width, _ = frames.shape
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self.frames == 0:
+            self._stream.height, self._stream.width = frames.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"
+            _tag_bt709(self._stream.codec_context)
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
             yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode(None))
-    partial.replace(path)
-    return path
+            self._container.mux(self._stream.encode(yuv))
+        self.frames += len(frames)
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the file and give it its name; leave it partial if something failed."""
+        if error is None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+        if error is None:
+            self._partial.replace(self._path)
 
 
 def _tag_bt709(context: av.VideoCodecContext) -> None:

@@ -34,12 +34,12 @@ class MuonAdamW:
         """Build it over the trainable parameters of ``model``."""
         trainable = {n: p for n, p in saved_parameters(model).items() if p.requires_grad}
         self._cfg = cfg
-        self._matrices = {name: p for name, p in trainable.items() if p.ndim >= 2}
+        self._matrices = {name: p for name, p in trainable.items() if is_matrix(p)}
         self._momenta = {name: torch.zeros_like(p) for name, p in self._matrices.items()}
         self._rate = cfg.muon_lr
         self._others = None
         if len(self._matrices) < len(trainable):
-            self._others = build_optimizer(model, cfg, wanted=lambda p: p.ndim < 2)
+            self._others = build_optimizer(model, cfg, wanted=lambda p: not is_matrix(p))
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of AdamW in the next update; that of Muon keeps its ratio to it."""
@@ -77,6 +77,11 @@ class MuonAdamW:
         rows, columns = param.shape[0], math.prod(param.shape[1:])
         rate = self._rate * max(1.0, rows / columns) ** 0.5 * alive
         weight.mul_(1 - self._rate * self._cfg.weight_decay * alive).sub_(step * rate)
+
+
+def is_matrix(param: Tensor) -> bool:
+    """Return whether it has columns: gains may have several dimensions, all of size 1 but one."""
+    return param.ndim >= 2 and param.numel() > len(param)
 
 
 def orthogonalized(step: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Layouts as users run them: train under one, go on under another, sample under a third."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,10 @@ def test_a_run_goes_on_under_another_layout(
 
 def test_sampling_is_the_same_under_any_layout(data: Path, straight: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("a red circle moving left\na blue bar\n")
+    # Videos of several tiles: ranks that work on one share them.
+    vae = Path(shutil.copytree(data / "vae", tmp_path / "vae"))
+    fields = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**fields, "tile_size_px": 64}))
     sheets, means = {}, {}
     for name, ranks, fields in (
         ("one", 1, []),
@@ -88,6 +93,7 @@ def test_sampling_is_the_same_under_any_layout(data: Path, straight: Path, tmp_p
             "sample",
             [
                 f"run.dir={straight}",
+                f"run.vae={vae}",
                 f"sample.prompts_file={tmp_path / 'prompts'}",
                 f"sample.output={out}",
                 "sample.frames=5",

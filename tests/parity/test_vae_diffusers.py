@@ -122,6 +122,27 @@ def test_tiles_in_time_and_space():
     compare(cfg, video(2, 3, 21, 56, 40))
 
 
+# Tile 16/12 frames and 32/24 px: 37 frames leave one alone, 40 x 72 px a strip of 16 and of 24.
+@pytest.mark.parametrize("shape", [(37, 40, 72), (25, 32, 56), (17, 8, 40), (5, 88, 8)])
+def test_odd_sizes_in_time_and_space(shape):
+    cfg = tiny(tile_spatial=True, tile_temporal=True, tile_size_px=32, tile_frames=16)
+    compare(cfg, video(1, 3, *shape))
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["whole", "tiled"])
+def test_the_first_frame_alone_is_an_image(tiles):
+    cfg = tiny(tile_spatial=tiles, tile_temporal=tiles, tile_size_px=32, tile_frames=16)
+    ours, theirs = pair(cfg)
+    pixels = video(1, 3, 21, 56, 40)
+    with torch.no_grad():
+        alone, image = ours.encode(pixels[:, :, :1]), theirs.encode(pixels[:, :, :1]).latent_dist
+        clip = ours.encode(pixels)
+    assert_close(alone.mean, image.mean)
+    assert_close(alone.std, image.std)
+    # Norms run over the whole clip: its first latent is another.
+    assert not torch.allclose(alone.mean, clip.mean[:, :, :1], atol=1e-4)
+
+
 def test_other_overlap():
     cfg = tiny(tile_spatial=True, tile_size_px=64, tile_overlap=0.5)
     compare(cfg, video(1, 3, 1, 104, 88))

@@ -1,7 +1,9 @@
 import pytest
 
-from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, cover_crop
+from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, check_vae, cover_crop
 from hunyuan_train.data.quarantine import MediaError, Reason
+from hunyuan_train.models.vae.config import VaeConfig
+from hunyuan_train.models.vae.state_dict import hunyuan_15_config
 
 
 @pytest.mark.parametrize(
@@ -182,3 +184,9 @@ def test_cover_crop_takes_the_centre_and_reports_what_it_loses():
     assert (cover.resize_height, cover.resize_width) == (64, 128)
     assert (cover.top, cover.left) == (0, 32)
     assert cover.crop_loss == 0.5
+
+
+def test_latents_of_another_size_are_refused():
+    check_vae(VaeConfig())
+    with pytest.raises(ValueError, match=r"vae_hy15\) makes one latent of 16 x 16 .* count 8 x 8"):
+        check_vae(hunyuan_15_config())

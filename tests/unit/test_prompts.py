@@ -19,6 +19,7 @@ from hunyuan_train.evaluation.schedules import sigma_schedule
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
 from hunyuan_train.models.vae.config import VaeConfig
+from hunyuan_train.models.vae.tile_work import TileWork
 
 HEIGHT, WIDTH = 32, 48
 REPLACE, CONCAT = ImageCondition.token_replace, ImageCondition.concat
@@ -32,6 +33,7 @@ class PoolingVae(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.work = TileWork()
 
     def encode(self, pixels: Tensor) -> FakePosterior:
         mean = nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))

@@ -120,6 +120,11 @@ class VaeConfig:
         """Distance between neighbouring temporal tiles in pixel frames."""
         return round(self.tile_frames * (1 - self.tile_overlap))
 
+    def cuts(self, frames: int, height: int, width: int) -> bool:
+        """Return whether a video of so many frames and pixels is processed in several tiles."""
+        wide = self.tile_spatial and max(height, width) > self.tile_size_px
+        return wide or (self.tile_temporal and frames > self.tile_frames)
+
     def _check_hy15(self) -> None:
         """Check the widths that its packing of pixels into channels can take."""
         for name, only in (("mid_attention", True), ("tile_temporal", False)):

@@ -76,9 +76,7 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu") -> Vae:
         raise ValueError(f"{path} is damaged ({error}); copy or make it again") from error
     check_weights(vae, state, str(path))
     vae.load_state_dict(state, assign=True)
-    # 10 to 40 % faster convolutions on a CPU; the values are the same.
-    vae.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    return vae.eval()
+    return vae.channels_last().eval()
 
 
 def load_vae_config(path: Path) -> VaeConfig:
