@@ -135,6 +135,7 @@ def _merge(worker: Worker, listing: SourceList, known: frozenset[str]) -> tuple[
         config_hash=worker.config_hash,
         empty_texts={media: _empty_text(worker, media, used) for media in MEDIA},
         condition_frames=worker.cfg.condition_frames,
+        text_images=worker.text.sees_images,
     )
     # A reader follows meta.json to the index, so replacing it switches over in one step.
     write_lines(store.folder / QUARANTINE, [asdict(row) for row in quarantine])
@@ -170,14 +171,15 @@ def _rows_of(worker: Worker, source: Source, used: set[str]) -> list[SampleRow]:
         raise MediaError(Reason.no_caption, source.caption_problem)
     if not entry:
         raise _Changed
-    return [_row(worker, source, part, stored, used) for stored in entry["rows"]]
+    return [_row(worker, source, key, part, stored, used) for stored in entry["rows"]]
 
 
 def _row(
-    worker: Worker, source: Source, part: str, stored: dict[str, Any], used: set[str]
+    worker: Worker, source: Source, key: str, part: str, stored: dict[str, Any], used: set[str]
 ) -> SampleRow:
     bucket = Bucket.parse(stored["bucket"])
-    texts = [_text(worker, caption, bucket.media, used) for caption in source.captions]
+    picture = worker.picture(key, bucket)
+    texts = [_text(worker, caption, bucket.media, used, picture) for caption in source.captions]
     if not texts[0].tokens:
         raise MediaError(Reason.no_caption, "no caption: the text encoder sees no token in it")
     return SampleRow(
@@ -195,8 +197,8 @@ def _row(
     )
 
 
-def _text(worker: Worker, caption: str, media: str, used: set[str]) -> TextRef:
-    key = worker.text_key(caption, media)
+def _text(worker: Worker, caption: str, media: str, used: set[str], picture: str = "") -> TextRef:
+    key = worker.text_key(caption, media, picture)
     if key not in worker.store.texts:
         raise _Changed
     part, entry = worker.store.texts[key]

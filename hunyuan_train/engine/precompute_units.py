@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from hunyuan_train.data.claims import Claim
 from hunyuan_train.data.dataset import PixelSample
 from hunyuan_train.data.manifest import Source
@@ -29,6 +31,8 @@ class Unit:
     part: Part
     batches: LatentBatches
     keyed: list[tuple[Source, str]] = field(default_factory=list)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    """First frames that the text encoder is to see, by name."""
 
 
 @dataclass(slots=True)
@@ -123,7 +127,9 @@ class Pipeline:
         started = time.perf_counter()
         try:
             key = worker.source_key(source, unit.part)
-            if key in worker.store.sources:
+            stored = key in worker.store.sources
+            lacking = worker.missing_texts([(source, key)], []) if stored else ()
+            if stored and not any(picture for _, _, picture in lacking):
                 return key, None
             nbytes = source.path.stat().st_size
         except OSError:
@@ -142,7 +148,7 @@ class Pipeline:
         if source is None or future is None:
             unit.batches.flush()
             others = [commit.unit.part for commit in self._commits]
-            self._worker.encode_texts(unit.keyed, unit.part, others)
+            self._worker.encode_texts(unit.keyed, unit.part, others, unit.pictures)
             self._commits.append(_Commit(unit, committer.submit(self._commit, unit)))
             self._settle(_COMMITS)
             return
@@ -153,7 +159,11 @@ class Pipeline:
         unit.keyed.append((source, key))
         # The same bytes may be in the unit, or in one that is being written, under another name.
         parts = [unit.part, *(commit.unit.part for commit in self._commits)]
-        if result is None or any(key in part.sources for part in parts):
+        if isinstance(result, list) and self._worker.text.sees_images:
+            shown = {self._worker.picture(key, sample.bucket): sample for sample in result}
+            unit.pictures |= {name: shown[name].pixels[0].copy() for name in shown if name}
+        known = key in self._store.sources or any(key in part.sources for part in parts)
+        if result is None or known:
             return
         if isinstance(result, MediaError):
             unit.part.sources[key] = {"reason": str(result.reason), "detail": result.detail}

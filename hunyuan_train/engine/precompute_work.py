@@ -16,13 +16,15 @@ from hunyuan_train.data.parts import Part, PartStore, key_of
 from hunyuan_train.data.quarantine import MediaError, Reason
 from hunyuan_train.data.stills import encode_stills, num_stills
 from hunyuan_train.encoders.latents import LatentEncoder
-from hunyuan_train.encoders.text import TextEncoder
+from hunyuan_train.encoders.text import TextEncoder, shown_beside
 from hunyuan_train.engine.precompute_stages import Stages
 
 PIPELINE = 2
 """Raise it when decoding, resizing, cropping or what parts record changes: stores are redone."""
 MEDIA = ("image", "video")
 _TEXT_BATCH = 32
+_Text = tuple[str, str, str]
+"""Media, caption, and the name of the picture beside it or nothing."""
 _RACY_NS = 2_000_000_000
 """A file changed this shortly before it was hashed may change again within one clock tick."""
 
@@ -101,10 +103,20 @@ class Worker:
     def _key(self, source: Source, digest: str) -> str:
         return key_of(digest, source.path.suffix.lower(), self.config_hash)
 
-    def text_key(self, caption: str, media: str) -> str:
-        """Name the features of a caption."""
+    def text_key(self, caption: str, media: str, picture: str = "") -> str:
+        """Name the features of a caption, with a picture if the encoder is shown one."""
         kind = {"pipeline": PIPELINE, "storage_dtype": str(self.cfg.storage_dtype)}
-        return key_of(self.text.fingerprint, kind, media, caption)
+        seen = [picture] if picture else []
+        return key_of(self.text.fingerprint, kind, media, caption, *seen)
+
+    def picture(self, key: str, bucket: Bucket) -> str:
+        """Name the first frame of a sample, if the text encoder is shown it; else empty.
+
+        Args:
+            key: That of the source.
+            bucket: That of the sample.
+        """
+        return f"{key}/{bucket}" if self.text.sees_images and bucket.frames > 1 else ""
 
     def decode(self, source: Source) -> list[PixelSample] | MediaError | None:
         """Decode a file; None if it vanished or has no caption, which the merge reports."""
@@ -124,8 +136,8 @@ class Worker:
 
     def missing_texts(
         self, keyed: Iterable[tuple[Source, str]], parts: list[Part]
-    ) -> Iterable[tuple[str, str]]:
-        """Yield (media, caption) that neither the store nor ``parts`` have, some repeatedly.
+    ) -> Iterable[_Text]:
+        """Yield (media, caption, picture) that neither the store nor ``parts`` have; some twice.
 
         Args:
             keyed: Sources with their keys.
@@ -135,35 +147,53 @@ class Worker:
             entry = next((part.sources[key] for part in parts if key in part.sources), None)
             if entry is None:
                 _, entry = self.store.sources.get(key, ("", {}))
-            for media in {Bucket.parse(row["bucket"]).media for row in entry.get("rows", [])}:
+            buckets = [Bucket.parse(row["bucket"]) for row in entry.get("rows", [])]
+            for media, picture in {(b.media, self.picture(key, b)) for b in buckets}:
                 for caption in source.captions:
-                    text = self.text_key(caption, media)
+                    text = self.text_key(caption, media, picture)
                     if text not in self.store.texts and not any(text in p.texts for p in parts):
-                        yield media, caption
+                        yield media, caption, picture
 
-    def encode_texts(self, keyed: list[tuple[Source, str]], part: Part, others: list[Part]) -> None:
+    def encode_texts(
+        self,
+        keyed: list[tuple[Source, str]],
+        part: Part,
+        others: list[Part],
+        pictures: dict[str, np.ndarray],
+    ) -> None:
         """Encode into ``part`` the captions that the store and the parts ``others`` lack.
 
         Args:
             keyed: Sources with their keys.
             part: Where the latents of the sources are.
             others: Parts that will be in the store before it is complete.
+            pictures: First frames, uint8 [H, W, 3], by :meth:`picture`.
         """
         parts = [part, *others]
         wanted = set(self.missing_texts(keyed, parts))
         for media in MEDIA:  # the features of "no text" too
             key = self.text_key("", media)
             if key not in self.store.texts and not any(key in p.texts for p in parts):
-                wanted.add((media, ""))
+                wanted.add((media, "", ""))
+        # A frame that is not there any more was of a file that changed: the merge reports it.
+        known = {text for text in wanted if not text[2] or text[2] in pictures}
         for media in MEDIA:
-            missing = sorted(caption for kind, caption in wanted if kind == media)
+            missing = sorted(text for text in known if text[0] == media)
             for start in range(0, len(missing), _TEXT_BATCH):
-                self._encode_text_batch(missing[start : start + _TEXT_BATCH], media, part)
+                batch = missing[start : start + _TEXT_BATCH]
+                self._encode_text_batch(batch, media, part, pictures)
 
-    def _encode_text_batch(self, captions: list[str], media: str, part: Part) -> None:
+    def _encode_text_batch(
+        self, texts: list[_Text], media: str, part: Part, pictures: dict[str, np.ndarray]
+    ) -> None:
+        captions = [caption for _, caption, _ in texts]
         with self.stages.time("text", len(captions)):
-            features = self.text.encode(captions, media)
-        for row, caption in enumerate(captions):
+            if self.text.sees_images:
+                images = [shown_beside(media, text[1], pictures.get(text[2])) for text in texts]
+                features = self.text.encode(captions, media, images)
+            else:
+                features = self.text.encode(captions, media)
+        for row, (_, caption, picture) in enumerate(texts):
             tokens = int(features.mask[row].sum())
             if not bool(features.mask[row, :tokens].all()):
                 raise ValueError(
@@ -177,7 +207,7 @@ class Worker:
                     f"the text features of {caption!r} are not finite in {self.dtype}; set "
                     "data.storage_dtype=float32, or check the text encoder's weights"
                 )
-            key = self.text_key(caption, media)
+            key = self.text_key(caption, media, picture)
             part.texts[key] = {"tokens": tokens}
             part.tensors[f"{key}/pooled"] = pooled.clone()
             part.tensors[f"{key}/states"] = states.clone()

@@ -323,6 +323,45 @@ def test_empty_latents_setting_is_refused(clips):
         run(config(clips, latents=""))
 
 
+class SeeingText(FakeText):
+    """Its pooled vector is the mean level of the picture it is shown; -1 without."""
+
+    sees_images = True
+
+    def encode(self, captions, media, images=None):
+        features = super().encode(captions, media)
+        for row, image in enumerate(images):
+            features.pooled[row] = -1 if image is None else float(image.mean())
+        return features
+
+
+def test_text_features_follow_the_first_frame_of_their_clip(clips):
+    settle(clips)
+    (clips / "v1.txt").write_text("clip number 0")  # as v0, of which the picture is another one
+    write_video(clips / "v1.mp4", [frame + 40 for frame in marked_frames(7, 48, 64)])
+    text = SeeingText("seeing")
+    summary, vae, _ = run(config(clips), text=text)
+    assert summary.ok == 5
+    store = open_store(clips)
+    assert store.meta.text_images
+    levels = {
+        row.sample_id: load(store, row.sample_id).text.pooled[0].item() for row in rows_of(store)
+    }
+    assert levels["v0.mp4@48:1x32x48"] == levels["i0.png@48:1x32x48"] == -1  # nothing begins there
+    assert levels["v0.mp4@48:5x32x48"] == pytest.approx(16, abs=2)
+    assert levels["v1.mp4@48:5x32x48"] == pytest.approx(56, abs=2)
+    assert store.empty("video").pooled.tolist() == [0, 0]  # a black picture
+    again = SeeingText("seeing")
+    _, vae, _ = run(config(clips), text=again)
+    assert (vae.clips, again.captions) == (0, [])
+    (clips / "v2.txt").write_text("a new caption")  # its clip is decoded again, not encoded
+    _, vae, _ = run(config(clips), text=again)
+    assert (vae.clips, again.captions) == (0, ["a new caption"] * 2)
+    write_video(clips / "v0.mp4", [frame + 80 for frame in marked_frames(6, 48, 64)])
+    run(config(clips), text=again)
+    assert load(open_store(clips), "v0.mp4@48:5x32x48").text.pooled[0] == pytest.approx(96, abs=2)
+
+
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
