@@ -23,7 +23,7 @@ from hunyuan_train.encoders.templates import (
     check_media,
     check_template,
 )
-from hunyuan_train.encoders.weights import check_folder, folder_fingerprint
+from hunyuan_train.encoders.weights import LLM, check_folders, folder_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ SKIPPED_LAYERS = 2
 """The features are `hidden_states[-3]`: the last two layers and the final norm take no part."""
 CLIP_LENGTH = 77
 _VERSION = "hunyuan-1"
-_LLM = "the LLaMA-3-8B language part of xtuner/llava-llama-3-8b-v1_1-transformers"
-_CLIP = "openai/clip-vit-large-patch14"
 
 
 class HunyuanTextEncoder:
@@ -47,7 +45,6 @@ class HunyuanTextEncoder:
     """
 
     sees_images = False
-    _model_types: tuple[str, ...] = ("llama", "llava")
 
     def __init__(self, cfg: TextEncoderConfig, device: torch.device | str = "cpu") -> None:
         """Load both encoders from local folders.
@@ -60,8 +57,8 @@ class HunyuanTextEncoder:
             ValueError: a folder or file is missing, holds another model, or has other sizes than
                 `cfg`; or a prompt template differs from the released one.
         """
-        check_folder("text.llm_folder", cfg.llm_folder, _LLM, self._model_types)
-        check_folder("text.clip_folder", cfg.clip_folder, _CLIP, ("clip", "clip_text_model"))
+        for complaint in check_folders(cfg):
+            raise ValueError(complaint)
         self.text_length = cfg.length
         self._max_length = cfg.max_length
         self.text_dim = cfg.text_dim
@@ -197,7 +194,7 @@ def _load_llm(cfg: TextEncoderConfig) -> nn.Module:
     if num_layers <= SKIPPED_LAYERS:
         raise ValueError(
             f"text.llm_folder={cfg.llm_folder} has {num_layers} layers; the features come from the "
-            f"layer {SKIPPED_LAYERS} before the last, so put {_LLM} there"
+            f"layer {SKIPPED_LAYERS} before the last, so put {LLM} there"
         )
     language.layers = language.layers[:-SKIPPED_LAYERS]
     language.norm = nn.Identity()

@@ -37,7 +37,6 @@ class LlavaTextEncoder(HunyuanTextEncoder):
     """
 
     sees_images = True
-    _model_types = ("llava",)
 
     def __init__(self, cfg: TextEncoderConfig, device: torch.device | str = "cpu") -> None:
         """Load both encoders and the image processor from local folders.
