@@ -7,7 +7,11 @@ from hunyuan_train.config.compose import compose_config
 from hunyuan_train.engine.checkup import check_cluster
 from hunyuan_train.observability.logging import setup_logging
 
-TOPICS = {"cluster": "this machine, and with launch.nodes above 1 the others: run it on all"}
+TOPICS = {
+    "cluster": "this machine, and with launch.nodes above 1 the others: run it on all",
+    "encoders": "folders and results of run.vae and text; write=true stores what to expect",
+}
+_WRITE = "write=true"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,8 +24,14 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 0 if topic in ("-h", "--help", "help") else 2
-    cfg = compose_config(rest)
+    cfg = compose_config([argument for argument in rest if argument != _WRITE])
     setup_logging(cfg.logging)
-    checkup = check_cluster(cfg)
+    if topic == "encoders":
+        # Imported here: the other topic is free of torch.
+        from hunyuan_train.engine.encoder_checkup import check_encoders
+
+        checkup = check_encoders(cfg, write=_WRITE in rest)
+    else:
+        checkup = check_cluster(cfg)
     print(checkup.text())
     return 1 if checkup.complaints else 0

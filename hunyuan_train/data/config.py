@@ -94,7 +94,8 @@ class DataConfig:
     storage_dtype: StorageDtype = StorageDtype.float16
     """Stored number format; float16 keeps 3 more bits than bfloat16 and latents need no range."""
     shard_sources: int = 64
-    """Source files per shard: what a killed precompute process loses at most."""
+    """Source files per shard; a killed precompute process loses the shard it works on, and those
+    before and after it if they were not written yet, or begun."""
     encode_pixels: int = 4_259_840
     """Pixels (frames x height x width) that the VAE encodes in one call, at least one clip; the
     default is one tile of the VAE, 65 x 256 x 256."""

@@ -7,7 +7,7 @@ A store folder holds::
     quarantine.jsonl             one row per file left out, with the reason
     parts/<part>.safetensors     tensors: <source key>/<row>/{mean,std}, <text key>/{pooled,states}
     parts/<part>.jsonl           what the part holds and where; its presence commits the part
-    claims/<unit>.lock           locks that share work between processes
+    claims/<unit>.lock           who works on what; see claims.py
 
 The tensors of a row, and of a text, lie next to each other, and the list has their place in the
 file and the digest of their bytes, so that one read by position fetches all. A clip has ``stills``
@@ -18,10 +18,11 @@ unused; and a process that is killed leaves at most a tensor file without its li
 run overwrites.
 """
 
-import fcntl
 import hashlib
 import json
+import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,10 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hunyuan_train.data.claims import Claims
+
+logger = logging.getLogger(__name__)
 
 PARTS = "parts"
 CLAIMS = "claims"
@@ -56,7 +61,11 @@ class Part:
 
 
 class PartStore:
-    """Reads and commits the parts of one folder; safe for several processes at once."""
+    """Reads and commits the parts of one folder; safe for several processes and threads at once.
+
+    Where two parts hold the same entry, the one of the smaller name counts, so that all processes
+    agree on which they need.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,14 +76,33 @@ class PartStore:
         self.digests: dict[str, tuple[str, dict[str, Any]]] = {}
         """File -> (part name, entry); the newest of several."""
         self._seen: set[str] = set()
+        self._broken: set[str] = set()
+        self._lock = threading.RLock()
         for name in (PARTS, CLAIMS):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self.claims = Claims(folder / CLAIMS)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of the parts that were read and are whole."""
+        return frozenset(self._seen)
 
     def refresh(self) -> None:
-        """Read the parts that were committed since the last call."""
-        for path in sorted((self.folder / PARTS).glob("*.jsonl")):
-            if path.name not in self._seen:
-                self._read(path)
+        """Read the parts that were committed since the last call; forget those that are gone."""
+        with self._lock:
+            with os.scandir(self.folder / PARTS) as found:
+                listed = {file.name[:-6] for file in found if file.name.endswith(".jsonl")}
+            # A shared file system may list a folder as it was some seconds ago: ask for the file.
+            if any(not self._list(name).exists() for name in self._seen.difference(listed)):
+                self._forget()
+            for name in listed - self._seen:
+                self._read(name)
+
+    def read(self, name: str) -> None:
+        """Read one part, unless it is known or has gone."""
+        with self._lock:
+            if name not in self._seen:
+                self._read(name)
 
     def commit(self, part: Part) -> str:
         """Write ``part`` so that it exists completely or not at all; return its name.
@@ -100,60 +128,76 @@ class PartStore:
             *({"text": key, **entry} for key, entry in part.texts.items()),
             *({"file": file, **digest} for file, digest in part.digests.items()),
         ]
-        write_lines(folder / f"{name}.jsonl", entries)
-        self._read(folder / f"{name}.jsonl")
+        _sync_folder(folder)  # the list commits the part: it must not be there before the tensors
+        write_lines(self._list(name), entries)
+        with self._lock:
+            self._read(name)
         return name
 
-    def prune(self, used: set[str]) -> None:
-        """Delete the parts that are not in ``used``; call it with :meth:`lock` held."""
-        for path in (self.folder / PARTS).iterdir():
-            # A tensor file without a list that was read is a commit that another process may be
-            # about to finish; what a killed one left is only recognisable by its age.
-            name = path.name.split(".")[0]
-            listed = f"{name}.jsonl" in self._seen
-            if listed and name not in used:
-                path.unlink(missing_ok=True)
-            elif not listed and path.suffix != ".jsonl":
-                with suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > _STALE_S:
-                        path.unlink()
+    def prune(self, used: set[str], known: frozenset[str]) -> None:
+        """Delete the parts of ``known`` that are not in ``used``; call it when nobody commits.
 
-    @contextmanager
-    def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Hold the named lock; yield whether it was obtained.
-
-        The kernel releases it when the process ends in any way, so a killed process blocks nobody.
-
-        Args:
-            name: Which lock.
-            wait: Wait for another holder instead of yielding False.
+        What is not in ``known`` may be the work of a process with a newer list of sources.
         """
-        with (self.folder / CLAIMS / f"{name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with self._lock:
+            dropped = (self._seen & known | self._broken) - used
+            for path in (self.folder / PARTS).iterdir():
+                # A tensor file without a list that was read is a commit that another process may be
+                # about to finish; what a killed one left is only recognisable by its age.
+                name = path.name.split(".")[0]
+                if name in dropped:
+                    path.unlink(missing_ok=True)
+                elif path.suffix != ".jsonl" and name not in self._seen:
+                    with suppress(FileNotFoundError):
+                        if time.time() - path.stat().st_mtime > _STALE_S:
+                            path.unlink()
+            if dropped:
+                self._forget()
 
-    def _read(self, path: Path) -> None:
-        name = path.stem
+    def _forget(self) -> None:
+        """Know nothing, as before the first :meth:`refresh`."""
+        for known in (self._seen, self._broken, self.sources, self.texts, self.digests):
+            known.clear()
+
+    def _list(self, name: str) -> Path:
+        return self.folder / PARTS / f"{name}.jsonl"
+
+    def _read(self, name: str) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
+            lines = self._list(name).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:  # pruned by another process after the listing
             return
-        for line in text.splitlines():
-            entry = json.loads(line)
-            if "source" in entry:
-                self.sources[entry.pop("source")] = (name, entry)
-            elif "text" in entry:
-                self.texts[entry.pop("text")] = (name, entry)
-            else:
+        entries = [json.loads(line) for line in lines]
+        if not self._whole(name, entries):
+            self._broken.add(name)
+            return
+        for entry in entries:
+            if "file" in entry:
                 file = entry.pop("file")
                 known = self.digests.get(file)
                 if known is None or known[1]["hashed_ns"] <= entry["hashed_ns"]:
                     self.digests[file] = (name, entry)
-        self._seen.add(path.name)
+                continue
+            kind, target = ("source", self.sources) if "source" in entry else ("text", self.texts)
+            key = entry.pop(kind)
+            if key not in target or name <= target[key][0]:
+                target[key] = (name, entry)
+        self._seen.add(name)
+        self._broken.discard(name)
+
+    def _whole(self, name: str, entries: list[dict[str, Any]]) -> bool:
+        """Return whether the tensor file has all bytes that the list speaks of."""
+        blobs = [row["latents"] for entry in entries for row in entry.get("rows", [])]
+        blobs += [entry for entry in entries if "offset" in entry]
+        if not blobs:
+            return True
+        tensors = self.folder / PARTS / f"{name}.safetensors"
+        with suppress(FileNotFoundError):
+            if tensors.stat().st_size >= max(blob["offset"] + blob["nbytes"] for blob in blobs):
+                return True
+        if name not in self._broken:
+            logger.warning("%s is missing or cut short; what it held is made again", tensors)
+        return False
 
 
 def _runs(part: Part) -> list[tuple[dict[str, int], tuple[str, ...]]]:
@@ -203,6 +247,15 @@ def key_of(*parts: str | Mapping[str, Any]) -> str:
         part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in parts
     )
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that the files that were put into ``folder`` survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -71,6 +71,8 @@ class StoreMeta:
     """The empty caption, by media: ``{"shard", "offset", "nbytes", "digest", "tokens"}``."""
     condition_frames: list[str] = field(default_factory=list)
     """Names of the frames of every clip that were also encoded alone."""
+    text_images: bool = False
+    """Whether the text features of a clip depend on its first frame too."""
 
     def num_stills(self, bucket: Bucket) -> int:
         """Return how many frames of a sample in ``bucket`` were encoded alone."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_train.encoders.config import TextEncoderConfig
-from hunyuan_train.encoders.features import TextFeatures
+from hunyuan_train.encoders.features import Images, TextFeatures, refuse_images
 from hunyuan_train.encoders.templates import check_media
 from hunyuan_train.runtime.seed import keyed_normal
 
@@ -32,6 +32,8 @@ class BuiltinTextEncoder:
     The features do not depend on `media`: the diffusion model sees the number of frames itself.
     """
 
+    sees_images = False
+
     def __init__(self, cfg: TextEncoderConfig, device: torch.device | str = "cpu") -> None:
         """Prepare the position code.
 
@@ -49,9 +51,10 @@ class BuiltinTextEncoder:
         self._words: dict[tuple[str, int], Tensor] = {}
         self._warned = False
 
-    def encode(self, captions: list[str], media: str) -> TextFeatures:
+    def encode(self, captions: list[str], media: str, images: Images | None = None) -> TextFeatures:
         """Encode B captions; see `TextEncoder.encode`."""
         check_media(media)
+        refuse_images(images, "builtin")
         states = torch.zeros(len(captions), self.text_length, self.text_dim)
         mask = torch.zeros(len(captions), self.text_length, dtype=torch.bool)
         pooled = torch.zeros(len(captions), self.pooled_dim)

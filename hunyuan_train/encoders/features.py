@@ -3,8 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Images = Sequence[np.ndarray | None]
+"""One picture per caption, uint8 [H, W, 3], or None."""
+BLACK = np.zeros((64, 64, 3), np.uint8)
+"""What an encoder that sees pictures is shown where a video is to be made from nothing."""
+
+
+def shown_beside(media: str, caption: str, picture: np.ndarray | None) -> np.ndarray | None:
+    """Return the picture that an encoder sees beside a caption.
+
+    "No text" for a video stands for "no picture" as well: as published, a black one.
+    """
+    return BLACK if picture is None and media == "video" and not caption else picture
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +54,12 @@ class TextFeatures:
         return TextFeatures(
             states=self.states[index], mask=self.mask[index], pooled=self.pooled[index]
         )
+
+
+def refuse_images(images: Images | None, kind: str) -> None:
+    """Raise ValueError if an encoder that sees no pictures is given one."""
+    if images is not None and any(image is not None for image in images):
+        raise ValueError(f"text.kind={kind} sees no pictures; set text.kind=llava")
 
 
 def concatenate(parts: Sequence[TextFeatures]) -> TextFeatures:

@@ -54,7 +54,7 @@ class LatentEncoder:
     ) -> None:
         self._vae = vae
         self._device = torch.device(device)
-        self._dtype = dtype
+        self.dtype = dtype
         self.scaling_factor = scaling_factor
         # The config holds what the weights do not show, such as the tiling.
         salt = f"{getattr(vae, 'cfg', '')}\0{dtype}"
@@ -67,7 +67,7 @@ class LatentEncoder:
         Returns:
             Unscaled posterior mean and standard deviation, float32 [B, C, T, h, w] on the CPU.
         """
-        pixels = to_model_range(clips, self._device).to(self._dtype)
+        pixels = to_model_range(clips, self._device).to(self.dtype)
         posterior = self._vae.encode(pixels)
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
 

@@ -1,4 +1,4 @@
-"""The two prompt templates of the released text encoder.
+"""The prompt templates of the released text encoders.
 
 The wording is part of the interface of the published weights: the diffusion model was trained on
 hidden states computed behind exactly these instructions. Each template therefore carries its length
@@ -71,6 +71,27 @@ TEMPLATES = {
         sha256="a52f68dde3637b127592fffe9e2483a5d0563987a49db6ddb9b06146f2ba7cb5",
     ),
 }
+
+IMAGE_PLACEHOLDER = "<image>"
+PICTURE_TEMPLATE = PromptTemplate(
+    text=(
+        f"<|start_header_id|>system<|end_header_id|>\n\n{IMAGE_PLACEHOLDER}\n"
+        "Describe the video by detailing the following aspects according to the reference image: "
+        "1. The main content and theme of the video."
+        "2. The color, shape, size, texture, quantity, text, and spatial relationships of the "
+        "objects."
+        "3. Actions, events, behaviors temporal relationships, physical movement changes of "
+        "the objects."
+        "4. background environment, light, style and atmosphere."
+        "5. camera angles, movements, and transitions used in the video:<|eot_id|>\n\n"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    crop_start=103,
+    num_chars=602,
+    sha256="7f45a330cc8fa70b613010c4fb6b4315a991c39eef7a405df46cb2591a547a21",
+)
+"""For a video whose first frame is shown to the encoder; the placeholder is one token."""
 
 
 def check_media(media: str) -> None:

@@ -5,6 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hunyuan_train.encoders.config import TextEncoderConfig, TextEncoderKind
+
+LLM = "the LLaMA-3-8B language part of xtuner/llava-llama-3-8b-v1_1-transformers"
+LLAVA = "the whole of xtuner/llava-llama-3-8b-v1_1-transformers"
+CLIP = "openai/clip-vit-large-patch14"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
@@ -47,6 +52,23 @@ def check_folder(field: str, folder: str, contents: str, model_types: tuple[str,
             )
     if not any((path / name).is_file() for name in _TOKENIZER):
         raise ValueError(f"{field}={folder} has no tokenizer ({' or '.join(_TOKENIZER)}); {fix}")
+
+
+def check_folders(cfg: TextEncoderConfig) -> list[str]:
+    """Return a sentence for each folder of ``cfg`` that is not what the encoder needs."""
+    if cfg.kind is TextEncoderKind.builtin:
+        return []
+    complaints: list[str] = []
+    llm, types = (LLAVA, ("llava",)) if cfg.sees_images else (LLM, ("llama", "llava"))
+    for field, contents, model_types in (
+        ("llm_folder", llm, types),
+        ("clip_folder", CLIP, ("clip", "clip_text_model")),
+    ):
+        try:
+            check_folder(f"text.{field}", getattr(cfg, field), contents, model_types)
+        except ValueError as error:
+            complaints.append(str(error))
+    return complaints
 
 
 def weight_files(folder: Path) -> list[Path]:

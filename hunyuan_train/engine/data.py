@@ -98,6 +98,12 @@ def check_store(cfg: RunConfig, store: SampleStore, folder: str) -> None:
     Raises:
         ValueError: naming the field, both values and the fix.
     """
+    if cfg.text.sees_images != store.meta.text_images:
+        made, fix = ("with", "llava") if store.meta.text_images else ("without", "hunyuan")
+        raise ValueError(
+            f"text.kind={cfg.text.kind}, but the text features in {folder} were made {made} the "
+            f"first frames of its videos; run precompute again, or set text.kind={fix}"
+        )
     wanted = {
         "latent_channels": ("model.out_channels", cfg.model.out_channels),
         "text_dim": ("model.text_dim", cfg.model.text_dim),

@@ -70,7 +70,7 @@ def fit_kernels(cfg: RunConfig, world: World, buckets: Sequence[Bucket]) -> None
     """
     dispatch.set_mode(cfg.memory.kernels.value)
     model, layout = cfg.model, cfg.parallel
-    longest = max(bucket.tokens for bucket in buckets) + cfg.text.max_length
+    longest = max(bucket.tokens for bucket in buckets) + cfg.text.length
     inputs = AttentionInputs(
         device=world.device,
         dtype=getattr(torch, layout.compute_dtype),

@@ -89,7 +89,7 @@ def _work(cfg: RunConfig, device: torch.device, layout: Layout) -> Work:
     tokens = sorted({bucket.tokens for bucket in planned_buckets(cfg)[1]}, reverse=True)
     one = replace(cfg.model, num_double_blocks=1, num_single_blocks=0)
     for count in tokens:
-        work = Work(img_tokens=count, txt_tokens=cfg.text.max_length)
+        work = Work(img_tokens=count, txt_tokens=cfg.text.length)
         if device.type != "cuda":
             return replace(work, img_tokens=min(tokens[0], CPU_TOKENS))
         room = torch.cuda.mem_get_info(device)[0] * 0.9

@@ -151,7 +151,7 @@ def _open(cfg: RunConfig) -> tuple[dict[str, SampleStore], str, list[Path]]:
     data = cfg.data
     online = data.encode == Encode.online
     if not data.sources and data.source and (online or not _has_store(data.latents)):
-        index = Index.open(scan.index_sources(data, cfg.text.max_length))
+        index = Index.open(scan.index_sources(data, cfg.text.length))
         store = cast(SampleStore, _Scanned("", index))  # the planner reads name and index alone
         why = "data.encode=online" if online else f"no store in data.latents={data.latents} yet"
         origin = f"{len(index)} samples in the clips of data.source={data.source} ({why})"

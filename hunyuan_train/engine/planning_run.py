@@ -253,7 +253,7 @@ def _planner_here(cfg: RunConfig, world_size: int, device: Machine, options: Opt
 def _work(cfg: RunConfig, bucket: Bucket, batch: int, mode: BucketMode, grids: int) -> Work:
     return Work(
         img_tokens=bucket.tokens,
-        txt_tokens=cfg.text.max_length,
+        txt_tokens=cfg.text.length,
         batch=batch,
         recompute=mode.recompute,
         offload_share=cfg.memory.offload_share if mode.offload else 0.0,
@@ -263,7 +263,7 @@ def _work(cfg: RunConfig, bucket: Bucket, batch: int, mode: BucketMode, grids: i
 
 def _shape(cfg: RunConfig, bucket: Bucket, share: float = 1.0) -> Shape:
     return Shape(
-        name=str(bucket), img_tokens=bucket.tokens, txt_tokens=cfg.text.max_length, share=share
+        name=str(bucket), img_tokens=bucket.tokens, txt_tokens=cfg.text.length, share=share
     )
 
 

@@ -1,15 +1,16 @@
 """Precompute: clips and captions to a latent store, only what is new or changed, by many processes.
 
-Work is split into units by a hash of the file name. A process takes a unit by locking it, redoes
-what the committed parts do not hold yet, and commits one part. When no unit is left, each process
-merges the parts into the index (the result is the same, so it does not matter who is last).
+Work is split into units by a hash of the file name. A process claims a unit, does what the
+committed parts do not hold yet, and commits one part. When no unit is left, the first process to
+come makes the index of the parts; the others find it made.
 """
 
 import hashlib
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,26 +21,17 @@ from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.manifest import Source, list_sources
 from hunyuan_train.encoders.latents import LatentEncoder
 from hunyuan_train.encoders.text import TextEncoder, build_text_encoder
-from hunyuan_train.engine.precompute_merge import merge
+from hunyuan_train.engine.precompute_merge import is_merged, merge
+from hunyuan_train.engine.precompute_progress import Progress, Tally, display, write_stages
+from hunyuan_train.engine.precompute_units import Pipeline
 from hunyuan_train.engine.precompute_work import Worker
 from hunyuan_train.models.vae.state_dict import load_vae
 from hunyuan_train.runtime.dist import World
+from hunyuan_train.runtime.env import read_array_task
 
 logger = logging.getLogger(__name__)
 
-_REPORT_S = 5.0
-_RETRY_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far one process is; sources of other processes count once they are found done."""
-
-    done: int
-    total: int
-    encoded: int
-    rejected: int
-    seconds: float
+__all__ = ["PrecomputeSummary", "Progress", "precompute", "precompute_from_config", "split_units"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +50,8 @@ class PrecomputeSummary:
     quarantined: dict[str, int]
     """Files left out, by reason."""
     seconds: float
+    stages: str
+    """Time and throughput of the stages of this process."""
 
     @property
     def cached(self) -> int:
@@ -72,11 +66,14 @@ class PrecomputeSummary:
             f"{self.ok} of {self.sources} sources usable ({self.encoded} encoded, {self.cached} "
             f"cached, {self.texts} captions encoded), {self.samples} samples, {total} quarantined"
             f"{f' ({reasons})' if reasons else ''}, {self.seconds:.1f} s, in {self.folder}"
+            f"{f'; {self.stages}' if self.stages else ''}"
         )
 
 
 def precompute_from_config(cfg: RunConfig, world: World) -> PrecomputeSummary:
     """Run :func:`precompute` with the VAE in ``run.vae`` and the text encoder of ``text``.
+
+    The tasks of a Slurm array share the work, each with all its processes.
 
     Raises:
         ValueError: A setting is missing or the encoders cannot be loaded.
@@ -87,7 +84,16 @@ def precompute_from_config(cfg: RunConfig, world: World) -> PrecomputeSummary:
         )
     encoder = build_latent_encoder(cfg.run.vae, world.device)
     text = build_text_encoder(cfg.text, world.device)
-    return precompute(cfg.data, encoder, text, world.rank, world.size)
+    task, tasks = read_array_task()
+    with display(cfg.logging, world.rank) as shown:
+        return precompute(
+            cfg.data,
+            encoder,
+            text,
+            task * world.size + world.rank,
+            tasks * world.size,
+            shown if world.rank == 0 else None,
+        )
 
 
 def build_latent_encoder(folder: str, device: torch.device) -> LatentEncoder:
@@ -111,8 +117,9 @@ def precompute(
 ) -> PrecomputeSummary:
     """Bring the latent store at ``cfg.latents`` up to date with ``cfg.source``.
 
-    Several processes, on one machine or on a shared folder with working file locks, may run this
-    with the same arguments at once; each returns when the whole store is complete.
+    Any number of processes, on one machine or on several that share the folder, may run this with
+    the same arguments at once, and start and end when they like; each returns when the whole store
+    is complete.
 
     Args:
         cfg: What to read and how to bucket it.
@@ -120,7 +127,7 @@ def precompute(
         text: Captions to features.
         process: Index of this process; it decides where in the list of units it begins.
         num_processes: How many processes share the work.
-        progress: Called after every unit; by default process 0 logs a line every few seconds.
+        progress: Called every few seconds and at the end with what all processes have done.
 
     Returns:
         Counts over the whole store and of this process's work.
@@ -131,41 +138,43 @@ def precompute(
     """
     if not cfg.latents:
         raise ValueError("data.latents is empty; set it to a folder for the latent store")
-    started = time.monotonic()
+    started, began = time.monotonic(), time.time()
     listing = list_sources(cfg.source, cfg.caption_variants, cfg.field_drop)
-    worker = Worker(cfg, vae, text)
-    report = progress or (_Reporter() if process == 0 else None)
-
-    def unit_done(done: int) -> None:
-        if report:
-            report(
-                Progress(
-                    done=done,
-                    total=len(listing.sources),
-                    encoded=worker.encoded,
-                    rejected=worker.rejected,
-                    seconds=time.monotonic() - started,
-                )
-            )
-
-    units = split_units(listing.sources, cfg.shard_sources)
-    first = process * len(units) // num_processes
-    _do_units(worker, deque(units[first:] + units[:first]), unit_done)
-    with worker.store.lock("index", wait=True):
-        rows, quarantine = merge(worker, listing)
+    with _worker(cfg, vae, text) as worker:
+        worker.store.refresh()
+        known, at_rest = worker.store.parts, is_merged(worker.store)
+        units = split_units(listing.sources, cfg.shard_sources)
+        missing = [unit for unit in units if not worker.is_done(unit[1])]
+        tally = Tally(worker, len(listing.sources), sum(len(unit[1]) for unit in missing), progress)
+        first = process * len(missing) // num_processes
+        Pipeline(worker, tally.moved).run(deque(missing[first:] + missing[:first]))
+        tally.finished()
+        with worker.store.claims.waiting_for("index"):
+            merged = merge(worker, listing, known)
+            write_stages(worker, process, began, at_rest)
     summary = PrecomputeSummary(
         folder=cfg.latents,
         sources=len(listing.sources) + len(listing.rejected),
-        ok=len({row.source for row in rows}),
-        samples=len(rows),
+        ok=merged.ok,
+        samples=merged.samples,
         encoded=worker.encoded,
         texts=worker.texts,
-        quarantined=dict(sorted(Counter(str(row.reason) for row in quarantine).items())),
+        quarantined=merged.quarantined,
         seconds=time.monotonic() - started,
+        stages=str(worker.stages),
     )
     if process == 0:
         logger.info("precompute: %s", summary)
     return summary
+
+
+@contextmanager
+def _worker(cfg: DataConfig, vae: LatentEncoder, text: TextEncoder) -> Iterator[Worker]:
+    worker = Worker(cfg, vae, text)
+    try:
+        yield worker
+    finally:
+        worker.store.claims.close()
 
 
 def split_units(sources: list[Source], per_unit: int) -> list[tuple[str, list[Source]]]:
@@ -179,46 +188,3 @@ def split_units(sources: list[Source], per_unit: int) -> list[tuple[str, list[So
         number = int(hashlib.sha256(source.file.encode()).hexdigest()[:12], 16) % count
         units.setdefault(number, []).append(source)
     return [(f"unit-{number:06d}-of-{count}", units[number]) for number in sorted(units)]
-
-
-def _do_units(
-    worker: Worker,
-    waiting: deque[tuple[str, list[Source]]],
-    unit_done: Callable[[int], None],
-) -> None:
-    done = refused = 0
-    while waiting:
-        name, sources = waiting.popleft()
-        with worker.store.lock(name, wait=False) as mine:
-            if mine:
-                worker.do_unit(sources)
-        if mine:
-            refused = 0
-            done += len(sources)
-            unit_done(done)
-            continue
-        # Another process works on it. Come back: it is finished then, or its process was killed.
-        waiting.append((name, sources))
-        refused += 1
-        if refused >= len(waiting):
-            refused = 0
-            time.sleep(_RETRY_S)
-
-
-@dataclass(slots=True)
-class _Reporter:
-    """Logs progress every few seconds and at the end."""
-
-    last: float = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.seconds - self.last >= _REPORT_S or progress.done == progress.total:
-            self.last = progress.seconds
-            logger.info(
-                "precompute: %d of %d sources, %d encoded, %d rejected, %.0f s",
-                progress.done,
-                progress.total,
-                progress.encoded,
-                progress.rejected,
-                progress.seconds,
-            )

@@ -1,10 +1,8 @@
-"""One unit of precompute: decode, encode in batches per bucket, encode captions, commit."""
+"""What precompute does with a file: name it, decode it, encode it and its captions."""
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,15 @@ from hunyuan_train.data.parts import Part, PartStore, key_of
 from hunyuan_train.data.quarantine import MediaError, Reason
 from hunyuan_train.data.stills import encode_stills, num_stills
 from hunyuan_train.encoders.latents import LatentEncoder
-from hunyuan_train.encoders.text import TextEncoder
+from hunyuan_train.encoders.text import TextEncoder, shown_beside
+from hunyuan_train.engine.precompute_stages import Stages
 
 PIPELINE = 2
 """Raise it when decoding, resizing, cropping or what parts record changes: stores are redone."""
 MEDIA = ("image", "video")
 _TEXT_BATCH = 32
+_Text = tuple[str, str, str]
+"""Media, caption, and the name of the picture beside it or nothing."""
 _RACY_NS = 2_000_000_000
 """A file changed this shortly before it was hashed may change again within one clock tick."""
 
@@ -43,28 +44,28 @@ class Worker:
         self.text = text
         self.store = PartStore(Path(cfg.latents))
         self.config_hash = config_hash(cfg, vae.fingerprint)
+        self.stages = Stages()
         self.encoded = 0
         self.texts = 0
         self.rejected = 0
         self.dtype: torch.dtype = getattr(torch, str(cfg.storage_dtype))
         self._table = cfg.bucket_table()
 
-    def do_unit(self, sources: list[Source]) -> None:
-        """Encode what the store lacks of ``sources`` and commit it as one part."""
-        self.store.refresh()
-        part = Part()
-        keyed: list[tuple[Source, str]] = []
+    def is_done(self, sources: list[Source]) -> bool:
+        """Return whether the store has all that can be made of ``sources``, without reading one."""
         for source in sources:
             try:
-                keyed.append((source, self.source_key(source, part)))
+                digest = self._known_digest(source)
             except OSError:
-                continue  # missing or unreadable: the merge reports it
-        self._encode_sources(
-            {key: source for source, key in keyed if key not in self.store.sources}, part
-        )
-        self._encode_texts(keyed, part)
-        if part.sources or part.texts or part.digests:
-            self.store.commit(part)
+                continue  # missing: the merge reports it
+            if not digest:
+                return False
+            key = self._key(source, digest)
+            if key not in self.store.sources:
+                return False
+            if any(True for _ in self.missing_texts([(source, key)], [])):
+                return False
+        return True
 
     def source_key(self, source: Source, part: Part | None) -> str:
         """Name the latents of a file: a hash of its bytes, its suffix and all that shapes them.
@@ -78,13 +79,9 @@ class Worker:
         Raises:
             OSError: The file cannot be read.
         """
-        stat = source.path.stat()
-        _, known = self.store.digests.get(source.file, ("", {}))
-        same = (known.get("size"), known.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-        if same and stat.st_mtime_ns + _RACY_NS < known["hashed_ns"]:
-            digest = known["sha256"]
-        else:
-            now = time.time_ns()
+        digest = self._known_digest(source)
+        if not digest:
+            stat, now = source.path.stat(), time.time_ns()
             with source.path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if part is not None:
@@ -94,42 +91,35 @@ class Worker:
                     "hashed_ns": now,
                     "sha256": digest,
                 }
+        return self._key(source, digest)
+
+    def _known_digest(self, source: Source) -> str:
+        """Return the digest of a file that is as it was when it was last read; else empty."""
+        stat = source.path.stat()
+        _, known = self.store.digests.get(source.file, ("", {}))
+        same = (known.get("size"), known.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+        return known["sha256"] if same and stat.st_mtime_ns + _RACY_NS < known["hashed_ns"] else ""
+
+    def _key(self, source: Source, digest: str) -> str:
         return key_of(digest, source.path.suffix.lower(), self.config_hash)
 
-    def text_key(self, caption: str, media: str) -> str:
-        """Name the features of a caption."""
+    def text_key(self, caption: str, media: str, picture: str = "") -> str:
+        """Name the features of a caption, with a picture if the encoder is shown one."""
         kind = {"pipeline": PIPELINE, "storage_dtype": str(self.cfg.storage_dtype)}
-        return key_of(self.text.fingerprint, kind, media, caption)
+        seen = [picture] if picture else []
+        return key_of(self.text.fingerprint, kind, media, caption, *seen)
 
-    def _encode_sources(self, pending: dict[str, Source], part: Part) -> None:
-        batches = _LatentBatches(self.vae, self.cfg, self.dtype, part)
-        for key, result in self._decoded(pending):
-            if isinstance(result, MediaError):
-                part.sources[key] = {"reason": str(result.reason), "detail": result.detail}
-            else:
-                batches.add(key, result)
-        batches.flush()
-        bad = sum("reason" in entry for entry in part.sources.values())
-        self.rejected += bad
-        self.encoded += len(part.sources) - bad
+    def picture(self, key: str, bucket: Bucket) -> str:
+        """Name the first frame of a sample, if the text encoder is shown it; else empty.
 
-    def _decoded(
-        self, pending: dict[str, Source]
-    ) -> Iterator[tuple[str, list[PixelSample] | MediaError]]:
-        """Decode on threads, a few files ahead; skip what says nothing about the file's bytes."""
-        running: deque[tuple[str, Future[list[PixelSample] | MediaError | None]]] = deque()
-        waiting = deque(pending.items())
-        with ThreadPoolExecutor(self.cfg.decode_workers, "decode") as pool:
-            while waiting or running:
-                while waiting and len(running) <= self.cfg.decode_workers:
-                    key, source = waiting.popleft()
-                    running.append((key, pool.submit(self._decode, source)))
-                key, future = running.popleft()
-                result = future.result()
-                if result is not None:
-                    yield key, result
+        Args:
+            key: That of the source.
+            bucket: That of the sample.
+        """
+        return f"{key}/{bucket}" if self.text.sees_images and bucket.frames > 1 else ""
 
-    def _decode(self, source: Source) -> list[PixelSample] | MediaError | None:
+    def decode(self, source: Source) -> list[PixelSample] | MediaError | None:
+        """Decode a file; None if it vanished or has no caption, which the merge reports."""
         try:
             if source.caption:
                 return decode_samples(source.path, source.media, self.cfg, self._table)
@@ -139,29 +129,71 @@ class Worker:
         except MediaError as error:
             return error
         except OSError:
-            return None  # vanished meanwhile: the merge reports it
+            return None
         except Exception as error:
             error.add_note(f"while decoding {source.path}")
             raise
 
-    def _encode_texts(self, keyed: list[tuple[Source, str]], part: Part) -> None:
-        wanted: dict[str, set[str]] = {media: {""} for media in MEDIA}
-        for source, key in keyed:
-            entry = part.sources.get(key) or self.store.sources.get(key, ("", {}))[1]
-            for row in entry.get("rows", []):
-                wanted[Bucket.parse(row["bucket"]).media].update(source.captions)
-        for media, captions in wanted.items():
-            missing = sorted(
-                caption
-                for caption in captions
-                if self.text_key(caption, media) not in self.store.texts
-            )
-            for start in range(0, len(missing), _TEXT_BATCH):
-                self._encode_text_batch(missing[start : start + _TEXT_BATCH], media, part)
+    def missing_texts(
+        self, keyed: Iterable[tuple[Source, str]], parts: list[Part]
+    ) -> Iterable[_Text]:
+        """Yield (media, caption, picture) that neither the store nor ``parts`` have; some twice.
 
-    def _encode_text_batch(self, captions: list[str], media: str, part: Part) -> None:
-        features = self.text.encode(captions, media)
-        for row, caption in enumerate(captions):
+        Args:
+            keyed: Sources with their keys.
+            parts: What is not in the store yet.
+        """
+        for source, key in keyed:
+            entry = next((part.sources[key] for part in parts if key in part.sources), None)
+            if entry is None:
+                _, entry = self.store.sources.get(key, ("", {}))
+            buckets = [Bucket.parse(row["bucket"]) for row in entry.get("rows", [])]
+            for media, picture in {(b.media, self.picture(key, b)) for b in buckets}:
+                for caption in source.captions:
+                    text = self.text_key(caption, media, picture)
+                    if text not in self.store.texts and not any(text in p.texts for p in parts):
+                        yield media, caption, picture
+
+    def encode_texts(
+        self,
+        keyed: list[tuple[Source, str]],
+        part: Part,
+        others: list[Part],
+        pictures: dict[str, np.ndarray],
+    ) -> None:
+        """Encode into ``part`` the captions that the store and the parts ``others`` lack.
+
+        Args:
+            keyed: Sources with their keys.
+            part: Where the latents of the sources are.
+            others: Parts that will be in the store before it is complete.
+            pictures: First frames, uint8 [H, W, 3], by :meth:`picture`.
+        """
+        parts = [part, *others]
+        wanted = set(self.missing_texts(keyed, parts))
+        for media in MEDIA:  # the features of "no text" too
+            key = self.text_key("", media)
+            if key not in self.store.texts and not any(key in p.texts for p in parts):
+                wanted.add((media, "", ""))
+        # A frame that is not there any more was of a file that changed: the merge reports it.
+        known = {text for text in wanted if not text[2] or text[2] in pictures}
+        for media in MEDIA:
+            missing = sorted(text for text in known if text[0] == media)
+            for start in range(0, len(missing), _TEXT_BATCH):
+                batch = missing[start : start + _TEXT_BATCH]
+                self._encode_text_batch(batch, media, part, pictures)
+
+    def _encode_text_batch(
+        self, texts: list[_Text], media: str, part: Part, pictures: dict[str, np.ndarray]
+    ) -> None:
+        captions = [caption for _, caption, _ in texts]
+        with self.stages.time("text", len(captions)):
+            if self.text.sees_images:
+                images = [shown_beside(media, text[1], pictures.get(text[2])) for text in texts]
+                features = self.text.encode(captions, media, images)
+            else:
+                features = self.text.encode(captions, media)
+        for row, (_, caption, picture) in enumerate(texts):
             tokens = int(features.mask[row].sum())
             if not bool(features.mask[row, :tokens].all()):
                 raise ValueError(
@@ -175,14 +207,14 @@ class Worker:
                     f"the text features of {caption!r} are not finite in {self.dtype}; set "
                     "data.storage_dtype=float32, or check the text encoder's weights"
                 )
-            key = self.text_key(caption, media)
+            key = self.text_key(caption, media, picture)
             part.texts[key] = {"tokens": tokens}
             part.tensors[f"{key}/pooled"] = pooled.clone()
             part.tensors[f"{key}/states"] = states.clone()
             self.texts += bool(caption)
 
 
-class _LatentBatches:
+class LatentBatches:
     """Collects pixels per bucket and encodes a bucket's clips together.
 
     Waiting pixels are bounded too: when all buckets together hold several batches, all are encoded.
@@ -190,11 +222,12 @@ class _LatentBatches:
 
     _WAITING_BATCHES = 4
 
-    def __init__(self, vae: LatentEncoder, cfg: DataConfig, dtype: torch.dtype, part: Part) -> None:
-        self._vae = vae
-        self._dtype = dtype
-        self._max_pixels = cfg.encode_pixels
-        self._stills = cfg.condition_frames
+    def __init__(self, worker: Worker, part: Part) -> None:
+        self._vae = worker.vae
+        self._stages = worker.stages
+        self._dtype = worker.dtype
+        self._max_pixels = worker.cfg.encode_pixels
+        self._stills = worker.cfg.condition_frames
         self._part = part
         self._waiting: dict[Bucket, list[tuple[str, int, np.ndarray]]] = {}
         self._pixels = 0
@@ -231,10 +264,11 @@ class _LatentBatches:
         waiting = self._waiting.pop(bucket)
         self._pixels -= len(waiting) * _num_pixels(bucket)
         clips = [pixels for _, _, pixels in waiting]
-        mean, std = self._vae.encode(clips)
-        moments = {"mean": mean, "std": std}
-        if num_stills(self._stills, bucket.frames):
-            moments["stills"] = encode_stills(self._vae.encode, clips, self._stills)
+        with self._stages.time("vae", len(clips), sum(clip.nbytes for clip in clips)):
+            mean, std = self._vae.encode(clips)
+            moments = {"mean": mean, "std": std}
+            if num_stills(self._stills, bucket.frames):
+                moments["stills"] = encode_stills(self._vae.encode, clips, self._stills)
         for row, (key, number, _) in enumerate(waiting):
             stored = {name: tensor[row].to(self._dtype) for name, tensor in moments.items()}
             if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):

@@ -1,5 +1,6 @@
 """Samples of the model under training, on its own layout, for the same prompts every time."""
 
+import hashlib
 import json
 import logging
 import time
@@ -9,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_train.config.root import RunConfig
 from hunyuan_train.data.buckets import check_vae
-from hunyuan_train.encoders.features import TextFeatures, concatenate
-from hunyuan_train.encoders.text import build_text_encoder
+from hunyuan_train.encoders.features import Images, TextFeatures, concatenate
+from hunyuan_train.encoders.text import TextEncoder, build_text_encoder
 from hunyuan_train.engine.build import TrainRun
 from hunyuan_train.engine.held_out import averaged
 from hunyuan_train.engine.meter import StepMeter
@@ -24,7 +26,7 @@ from hunyuan_train.engine.sampling import PROMPTS_NAME
 from hunyuan_train.engine.state import TrainState
 from hunyuan_train.evaluation.config import SampleConfig, SampleWeights
 from hunyuan_train.evaluation.given import check_pictures
-from hunyuan_train.evaluation.prompts import captions_of, read_prompts
+from hunyuan_train.evaluation.prompts import captions_of, encode_captions, read_prompts
 from hunyuan_train.evaluation.sample import SampledVideo, sample_videos
 from hunyuan_train.evaluation.video import (
     SHEET_CELL_PX,
@@ -74,28 +76,57 @@ class LiveModel(nn.Module):
 class KnownTexts:
     """A text encoder that has encoded all it will be asked for, and is gone."""
 
-    def __init__(self, known: dict[tuple[str, str], TextFeatures], widths: tuple[int, int, int]):
+    def __init__(self, known: dict[Any, TextFeatures], widths: tuple[int, int, int], sees: bool):
         self._known = known
         self.text_length, self.text_dim, self.pooled_dim = widths
+        self.sees_images = sees
         self.fingerprint = ""
 
-    def encode(self, captions: list[str], media: str) -> TextFeatures:
+    def encode(self, captions: list[str], media: str, images: Images | None = None) -> TextFeatures:
         """Return the features of captions that are known, on the CPU."""
-        return concatenate([self._known[caption, media] for caption in captions])
+        pictures = images or [None] * len(captions)
+        keys = [_key(*pair, media) for pair in zip(captions, pictures, strict=True)]
+        return concatenate([self._known[key] for key in keys])
 
 
-def know_texts(cfg: RunConfig, captions: Sequence[str], world: World) -> KnownTexts:
-    """Encode captions on the first rank, for all, and let go of the encoder.
+class _Remembering:
+    """A text encoder that remembers what it has encoded."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.known: dict[Any, TextFeatures] = {}
+        self._encoder = encoder
+        self.sees_images, self.fingerprint = encoder.sees_images, encoder.fingerprint
+        self.text_length = encoder.text_length
+        self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
+
+    def encode(self, captions: list[str], media: str, images: Images | None = None) -> TextFeatures:
+        """Encode one caption."""
+        ((caption, image),) = zip(captions, images or [None], strict=True)
+        more = [images] if self.sees_images else []
+        features = self._encoder.encode(captions, media, *more).to("cpu")
+        self.known[_key(caption, image, media)] = features
+        return features
+
+
+def _key(caption: str, image: np.ndarray | None, media: str) -> tuple[str, str, bytes]:
+    digest = b"" if image is None else hashlib.sha256(image.tobytes()).digest()
+    return caption, media, digest
+
+
+def know_texts(cfg: RunConfig, captions: Sequence[tuple[str, str]], world: World) -> KnownTexts:
+    """Encode captions with their pictures on the first rank, for all, and let go of the encoder.
 
     It is larger than what is free beside a model in training.
     """
-    media, known = cfg.sample.bucket.media, None
+    known = None
     if world.rank == 0:
-        encoder = build_text_encoder(cfg.text, world.device)
+        encoder = _Remembering(build_text_encoder(cfg.text, world.device))
         with torch.no_grad():
-            known = {(c, media): encoder.encode([c], media).to("cpu") for c in set(captions)}
+            encode_captions(encoder, captions, cfg.sample.bucket)
+        known = encoder.known
     found = gather_objects(known)[0]
-    return KnownTexts(found, (cfg.text.max_length, cfg.text.text_dim, cfg.text.pooled_dim))
+    widths = (cfg.text.length, cfg.text.text_dim, cfg.text.pooled_dim)
+    return KnownTexts(found, widths, cfg.text.sees_images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

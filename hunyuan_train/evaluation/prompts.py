@@ -12,6 +12,7 @@ import numpy as np
 from hunyuan_train.data.buckets import Bucket, cover_crop
 from hunyuan_train.data.images import image_pixels, read_image
 from hunyuan_train.data.quarantine import MediaError
+from hunyuan_train.encoders.text import BLACK, TextEncoder, TextFeatures, shown_beside
 from hunyuan_train.evaluation.config import SampleConfig
 from hunyuan_train.objectives.config import Task
 
@@ -81,10 +82,41 @@ def read_prompts(cfg: SampleConfig) -> list[Prompt]:
     return [prompt for _, prompt in prompts]
 
 
-def captions_of(prompts: Sequence[Prompt]) -> list[str]:
-    """Return every text that sampling ``prompts`` encodes, each once."""
-    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
+def captions_of(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
+    """Return every text that sampling ``prompts`` encodes, each once, with its first picture.
+
+    A negative text leads away from the picture too: it has a black one.
+    """
+    texts = [pair for p in prompts for pair in (positive(p), negative(p))]
     return list(dict.fromkeys(texts))
+
+
+def positive(prompt: Prompt) -> tuple[str, str]:
+    """Return the text of a prompt and the file of its first picture."""
+    return prompt.prompt, prompt.image
+
+
+def negative(prompt: Prompt) -> tuple[str, str]:
+    """Return the negative text of a prompt and what is shown beside it."""
+    return prompt.negative_prompt, _BLACK if prompt.image else ""
+
+
+def encode_captions(
+    encoder: TextEncoder, captions: Sequence[tuple[str, str]], bucket: Bucket
+) -> list[TextFeatures]:
+    """Encode texts with their pictures, one by one, so that none changes with those beside it.
+
+    Raises:
+        ValueError: a picture cannot be read.
+    """
+    media = bucket.media
+    if not encoder.sees_images:
+        return [encoder.encode([text], media) for text, _ in captions]
+    features: list[TextFeatures] = []
+    for text, file in captions:
+        picture = BLACK if file == _BLACK else read_picture(file, bucket)[0] if file else None
+        features.append(encoder.encode([text], media, [shown_beside(media, text, picture)]))
+    return features
 
 
 def read_picture(path: str, bucket: Bucket) -> np.ndarray:
@@ -103,6 +135,8 @@ def read_picture(path: str, bucket: Bucket) -> np.ndarray:
     return image_pixels(image, bucket, cover_crop(image.height, image.width, bucket))[None]
 
 
+_BLACK = "\0black"
+"""In the place of a file's name."""
 _TYPES = {field.name: int if field.name == "seed" else str for field in fields(Prompt)}
 
 

@@ -8,11 +8,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.encoders.features import TextFeatures, concatenate
 from hunyuan_train.encoders.text import TextEncoder
 from hunyuan_train.evaluation.config import SampleConfig, Schedule
 from hunyuan_train.evaluation.given import GivenFrames, SampleVae, check_pictures, encode_given
-from hunyuan_train.evaluation.prompts import Prompt, captions_of
+from hunyuan_train.evaluation.prompts import (
+    Prompt,
+    captions_of,
+    encode_captions,
+    negative,
+    positive,
+)
 from hunyuan_train.evaluation.schedules import sigma_schedule
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.vae.tile_work import TileSpread
@@ -188,7 +195,7 @@ def sample_videos(
     if not prompts:
         raise ValueError("there is nothing to sample; list prompts in sample.prompts")
     check_pictures(prompts, cast(HunyuanConfig, model.cfg).image_condition)
-    texts = _Texts(text_encoder, prompts, cfg.bucket.media)
+    texts = _Texts(text_encoder, prompts, cfg.bucket)
     numbers = list(range(len(prompts) * cfg.num_per_prompt) if items is None else items)
     batches = [numbers[i : i + cfg.batch_size] for i in range(0, len(numbers), cfg.batch_size)]
     total, done = len(batches) * cfg.steps, 0
@@ -226,13 +233,12 @@ def _share_tiles(vae: SampleVae, cfg: SampleConfig, videos: int, spread: TileSpr
 class _Texts:
     """Features of all captions and negative captions of a list of prompts."""
 
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[Prompt], media: str) -> None:
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[Prompt], bucket: Bucket) -> None:
         captions = captions_of(prompts)
         self._rows = {text: row for row, text in enumerate(captions)}
-        # One by one, so that no prompt changes with those beside it.
-        self._features = concatenate([encoder.encode([text], media) for text in captions])
+        self._features = concatenate(encode_captions(encoder, captions, bucket))
 
-    def of(self, captions: Sequence[str], device: torch.device) -> TextFeatures:
+    def of(self, captions: Sequence[tuple[str, str]], device: torch.device) -> TextFeatures:
         """Return the features of some of them."""
         return self._features.select([self._rows[text] for text in captions]).to(device)
 
@@ -254,8 +260,8 @@ def _sample_batch(
     return sample_latents(
         model,
         torch.stack(noise).to(device),
-        texts.of([prompt.prompt for prompt in prompts], device),
-        texts.of([prompt.negative_prompt for prompt in prompts], device),
+        texts.of([positive(prompt) for prompt in prompts], device),
+        texts.of([negative(prompt) for prompt in prompts], device),
         steps=cfg.steps,
         shift=cfg.shift,
         cfg_scale=cfg.cfg_scale,

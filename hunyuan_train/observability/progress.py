@@ -29,6 +29,7 @@ def format_duration(seconds: float) -> str:
 def format_row(row: Mapping[str, float | int | str]) -> str:
     """Return the metrics people watch on one line; those missing in ``row`` are left out."""
     forms = {
+        "sources_per_s": "{:.2f} sources/s",
         "loss": "loss {:.4f}",
         "grad_norm": "norm {:.3f}",
         "lr": "lr {:.2e}",

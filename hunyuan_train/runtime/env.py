@@ -48,6 +48,22 @@ def read_node() -> int:
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
+def read_array_task() -> tuple[int, int]:
+    """Return this task's place in its Slurm job array and the number of tasks; (0, 1) without.
+
+    The task numbers of ``--array`` may begin anywhere and have steps; where they have gaps, two
+    tasks may have the same place.
+    """
+    count = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+    if count < 2:
+        return 0, 1
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
+    number, lowest, highest = (int(os.environ.get(name, "0")) for name in names)
+    if highest <= lowest:
+        return number % count, count
+    return (number - lowest) * (count - 1) // (highest - lowest), count
+
+
 def read_job_folder() -> str:
     """Return the folder in which the launcher looks for heartbeats and events; "" without one.
 

@@ -110,6 +110,7 @@ class FakeVae(nn.Module):
 class FakeText:
     """One token per word, the number of its letters; counts what it encodes."""
 
+    sees_images = False
     text_length = 6
     text_dim = 3
     pooled_dim = 2

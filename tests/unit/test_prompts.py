@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
-from media_factory import FakePosterior, FakeText
+from media_factory import FakePosterior, FakeText, write_image
 from PIL import Image
 from torch import Tensor, nn
 
+from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.evaluation.config import SampleConfig, Schedule
 from hunyuan_train.evaluation.given import encode_given
-from hunyuan_train.evaluation.prompts import Prompt, captions_of, read_picture, read_prompts
+from hunyuan_train.evaluation.prompts import (
+    Prompt,
+    captions_of,
+    encode_captions,
+    negative,
+    positive,
+    read_picture,
+    read_prompts,
+)
 from hunyuan_train.evaluation.sample import SampledVideo, sample_videos
 from hunyuan_train.evaluation.schedules import sigma_schedule
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
@@ -97,7 +106,11 @@ def test_lists_in_both_forms(tmp_path: Path, pictures: tuple[str, str]):
     assert a == Prompt(prompt="a", negative_prompt="ugly", seed=5)
     assert (b.image, b.last_image) == pictures
     assert (b.negative_prompt, b.seed) == ("bad", 2)
-    assert captions_of([first, a, b]) == ["first", "bad", "a", "ugly", "b"]
+    texts = captions_of([first, a, b])
+    assert [text for text, _ in texts] == ["first", "bad", "a", "ugly", "b", "bad"]
+    assert [bool(shown) for _, shown in texts] == [False, False, False, False, True, True]
+    assert texts[4] == positive(b) == ("b", pictures[0])
+    assert texts[5] == negative(b) != negative(first)
     lines = tmp_path / "list.txt"
     lines.write_text(' {"prompt": 1}\n\n c ')
     given = read_prompts(config(prompts_file=str(lines), image=pictures[0]))
@@ -211,3 +224,25 @@ def test_schedules():
     assert (videos[1] - videos[2]).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"sample\.shift=7\.0 belongs to sample\.schedule=shifted"):
         config(schedule=Schedule.linear, shift=7.0)
+
+
+class SeeingText(FakeText):
+    """Says what it is shown."""
+
+    sees_images = True
+
+    def encode(self, captions, media, images=None):
+        features = super().encode(captions, media)
+        for row, image in enumerate(images):
+            features.pooled[row] = -1 if image is None else float(image.mean())
+        return features
+
+
+def test_an_encoder_that_sees_is_shown_the_picture_and_black_beside_the_negative(tmp_path):
+    write_image(tmp_path / "a.png", level=90)
+    given = Prompt(prompt="a cat", negative_prompt="ugly", image=str(tmp_path / "a.png"))
+    plain = Prompt(prompt="a dog", negative_prompt="")
+    captions = captions_of([given, plain])
+    features = encode_captions(SeeingText(), captions, Bucket(5, 48, 64))
+    assert [text for text, _ in captions] == ["a cat", "ugly", "a dog", ""]
+    assert [float(part.pooled[0, 0]) for part in features] == [90, 0, -1, 0]
