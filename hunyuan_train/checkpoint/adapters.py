@@ -5,15 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hunyuan_train.checkpoint.storage import Manifest
-from hunyuan_train.checkpoint.tensor_files import (
-    CheckpointSource,
-    ShardedWriter,
-    TensorInfo,
-    TensorSource,
-)
+from hunyuan_train.checkpoint.tensor_files import CheckpointSource, ShardedWriter
+from hunyuan_train.checkpoint.tensor_source import TensorInfo, TensorSource, in_dtype
 from hunyuan_train.models.lora import PEFT_PREFIX, adapters_of, is_adapter, merged, peft_settings
 from hunyuan_train.models.lora_config import LoraConfig
 
@@ -48,8 +45,16 @@ def adapter_section(source: TensorSource) -> dict[str, Any] | None:
     return Manifest.read(source.folder).identity.get("lora")
 
 
-def write_for_peft(source: TensorSource, output: Path, max_shard_bytes: int) -> list[Path]:
+def write_for_peft(
+    source: TensorSource, output: Path, max_shard_bytes: int, dtype: torch.dtype | None = None
+) -> list[Path]:
     """Write the adapters of a checkpoint as ``PeftModel.from_pretrained`` reads them.
+
+    Args:
+        source: A training checkpoint.
+        output: Folder to fill; created if missing.
+        max_shard_bytes: Size at which a new file is begun.
+        dtype: Type to write; None keeps theirs.
 
     Raises:
         ValueError: it has no adapters, or the folder already holds weights.
@@ -57,6 +62,8 @@ def write_for_peft(source: TensorSource, output: Path, max_shard_bytes: int) -> 
     lora = adapter_section(source)
     if lora is None:
         raise ValueError("to=peft writes adapters, and the input has none; train with lora.rank")
+    if dtype is not None:
+        source = in_dtype(source, dtype)
     names = adapters_of(source.infos)
     infos = {PEFT_PREFIX + name: source.infos[name] for name in names}
     writer = ShardedWriter(output, STEM, infos, max_shard_bytes)

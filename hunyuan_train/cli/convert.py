@@ -8,7 +8,8 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hunyuan_train.checkpoint.export import MAX_SHARD_BYTES, Layout, convert, convertible
+from hunyuan_train.checkpoint.convertible import Layout, convertible
+from hunyuan_train.checkpoint.export import MAX_SHARD_BYTES, convert
 from hunyuan_train.config.compose import conf_folder
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.vae.config import VaeConfig
