@@ -133,7 +133,7 @@ def open_source(path: Path, *, ema: bool, float8_as: torch.dtype = torch.bfloat1
         files = [path]
     elif not path.is_dir():
         raise ValueError(f"input={path} does not exist")
-    elif (path / "checkpoints").is_dir() or path.name.startswith("step-"):
+    elif is_checkpoint(path):
         return CheckpointSource(path, ema=ema)
     else:
         files = _weight_files(path)
@@ -144,6 +144,11 @@ def open_source(path: Path, *, ema: bool, float8_as: torch.dtype = torch.bfloat1
     else:
         source = SafetensorsSource(files)
     return dequantised(source, files[0], read_pickle, float8_as)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a training checkpoint or the folder of a run that has some."""
+    return (path / "checkpoints").is_dir() or path.name.startswith("step-")
 
 
 def _weight_files(folder: Path) -> list[Path]:

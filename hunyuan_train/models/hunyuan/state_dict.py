@@ -28,6 +28,24 @@ _THEIR_IMAGE_CONDITION = {
     ImageCondition.token_replace: "token_replace",
 }
 
+# Our fields and what diffusers calls them.
+_SAME_FIELDS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "num_heads": "num_attention_heads",
+    "num_double_blocks": "num_layers",
+    "num_single_blocks": "num_single_layers",
+    "refiner_depth": "num_refiner_layers",
+    "mlp_ratio": "mlp_ratio",
+    "guidance_embed": "guidance_embeds",
+    "text_dim": "text_embed_dim",
+    "pooled_dim": "pooled_projection_dim",
+    "rope_theta": "rope_theta",
+}
+
+# Channels of a head that the released models rotate by frame, row and column, by head size.
+_RELEASED_AXES = {128: [16, 56, 56], 96: [12, 42, 42]}
+
 # Our module path (block index as {}) -> the diffusers modules holding it, stacked in this order.
 MODULES: dict[str, tuple[str, ...]] = {
     "img_in.proj": ("x_embedder.proj",),
@@ -133,22 +151,12 @@ def diffusers_config(cfg: HunyuanConfig) -> dict[str, Any]:
     return {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "image_condition_type": _THEIR_IMAGE_CONDITION[cfg.image_condition],
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "num_attention_heads": cfg.num_heads,
         "attention_head_dim": cfg.head_dim,
-        "num_layers": cfg.num_double_blocks,
-        "num_single_layers": cfg.num_single_blocks,
-        "num_refiner_layers": cfg.refiner_depth,
-        "mlp_ratio": cfg.mlp_ratio,
         "patch_size": rows,
         "patch_size_t": frames,
         "qk_norm": "rms_norm",
-        "guidance_embeds": cfg.guidance_embed,
-        "text_embed_dim": cfg.text_dim,
-        "pooled_projection_dim": cfg.pooled_dim,
-        "rope_theta": cfg.rope_theta,
         "rope_axes_dim": list(cfg.rope_axes),
+        **{theirs: getattr(cfg, ours) for ours, theirs in _SAME_FIELDS.items()},
     }
 
 
@@ -182,25 +190,6 @@ def fields_from_diffusers(stored: Mapping[str, Any]) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"the field {error.args[0]} is missing") from error
-
-
-# Our fields and what diffusers calls them.
-_SAME_FIELDS = {
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "num_heads": "num_attention_heads",
-    "num_double_blocks": "num_layers",
-    "num_single_blocks": "num_single_layers",
-    "refiner_depth": "num_refiner_layers",
-    "mlp_ratio": "mlp_ratio",
-    "guidance_embed": "guidance_embeds",
-    "text_dim": "text_embed_dim",
-    "pooled_dim": "pooled_projection_dim",
-    "rope_theta": "rope_theta",
-}
-
-# Channels of a head that the released models rotate by frame, row and column, by head size.
-_RELEASED_AXES = {128: [16, 56, 56], 96: [12, 42, 42]}
 
 
 def fields_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -237,6 +226,8 @@ def fields_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"the tensor {error.args[0]} is missing") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError("its tensors have other dimensions than those of the model") from error
     if head in _RELEASED_AXES:
         fields["rope_axes"] = _RELEASED_AXES[head]
     if channels == 2 * out + 1:
