@@ -39,10 +39,11 @@ def transformer_fields(path: Path, layout: Layout) -> dict[str, Any]:
             raise ValueError(f"{path} has no {CONFIG_NAME} that says what it is; give model=NAME")
         return read_json(beside)
     if layout is Layout.DIFFUSERS:
+        stored = read_json(beside)
         try:
-            return fields_from_diffusers(read_json(beside))
+            return fields_from_diffusers(stored)
         except ValueError as error:
-            raise ValueError(f"{beside}: {str(error).removeprefix(f'{beside} ')}") from error
+            raise ValueError(f"{beside}: {error}") from error
     if beside.is_file() and "hidden_size" in (stored := read_json(beside)):
         return stored
     infos = open_source(path, ema=False).infos

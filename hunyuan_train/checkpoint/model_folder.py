@@ -109,8 +109,8 @@ class FolderOptions:
     """How a whole model is written."""
 
     target: Layout
-    shift: float
-    """Shift of the sampler."""
+    shift: float | None
+    """Shift of the sampler; the official layout has none."""
     sets: Sets = Sets.LAST
     dtype: torch.dtype | None = None
     """Type of the transformer; None keeps the types there are, and makes float8 bfloat16."""
@@ -199,6 +199,7 @@ def _write_folders(
     for folder, each in zip((TRANSFORMER, AVERAGE), weights, strict=False):
         files += each.write(output / folder, options.max_shard_bytes)
     files += vae.write(output / VAE, options.max_shard_bytes)
+    assert options.shift is not None
     files.append(write_scheduler(output, options.shift))
     if options.target is Layout.DIFFUSERS:
         dit, autoencoder = weights[0].model.config, vae.model.config

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -96,21 +96,24 @@ def _convert_one(arguments: dict[str, str], changes: Sequence[str]) -> list[Path
 def _convert_pipeline(arguments: dict[str, str], changes: Sequence[str]) -> list[Path]:
     """Convert a whole model, and say what its files do not."""
     folder, source = Path(arguments["input"]), _layout("from", arguments)
-    vae = Path(arguments["vae"]) if arguments["vae"] else None
-    if source is Layout.OURS and is_run(folder):
-        parts = parts_of_run(folder, vae, _shift(arguments))
-    else:
-        parts = find_parts(folder, source, vae, _shift(arguments))
-    fields = transformer_fields(parts.transformer.path, source)
-    config = _with_changes(HunyuanConfig, fields, changes, str(folder))
     options = FolderOptions(
         target=_layout("to", arguments),
-        shift=parts.shift or default_shift(RELEASED_STEPS),
+        shift=_shift(arguments),
         sets=_sets(arguments),
         dtype=_dtype("dtype", arguments),
         vae_dtype=_dtype("vae_dtype", arguments),
         max_shard_bytes=_gib("max_shard_gib", arguments),
     )
+    vae = Path(arguments["vae"]) if arguments["vae"] else None
+    if source is Layout.OURS and is_run(folder):
+        parts = parts_of_run(folder, vae, options.shift)
+    else:
+        parts = find_parts(folder, source, vae, options.shift)
+    if parts.shift is None:
+        print("the input says no shift, so it is the released one; shift=NUMBER gives another")
+    options = replace(options, shift=parts.shift or default_shift(RELEASED_STEPS))
+    fields = transformer_fields(parts.transformer.path, source)
+    config = _with_changes(HunyuanConfig, fields, changes, str(folder))
     files = convert_folder(
         parts,
         convertible(config),
@@ -119,8 +122,6 @@ def _convert_pipeline(arguments: dict[str, str], changes: Sequence[str]) -> list
         options,
     )
     print(f"image_condition {config.image_condition.value}, shift {options.shift:g}")
-    if parts.shift is None:
-        print("the input says no shift, so it is the released one; shift=NUMBER gives another")
     if options.target is Layout.OFFICIAL:
         print(f"the official layout has no sampler: start it with --flow-shift {options.shift:g}")
     return files
