@@ -25,7 +25,13 @@ class Layout(StrEnum):
     """The same names, bare."""
     DIFFUSERS = "diffusers"
     PEFT = "peft"
-    """The adapters of a run alone; written, not read."""
+    """The adapters of a run alone, for peft on our model; written, not read."""
+    PIPELINE_LORA = "diffusers-lora"
+    """The same for the pipelines of diffusers."""
+
+
+ADAPTERS = (Layout.PEFT, Layout.PIPELINE_LORA)
+"""Layouts of adapters alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_train.checkpoint.adapters import MergedSource, adapter_section, write_for_peft
-from hunyuan_train.checkpoint.convertible import Convertible, Layout
+from hunyuan_train.checkpoint.adapters import (
+    MergedSource,
+    adapter_section,
+    write_for_peft,
+    write_for_pipeline,
+)
+from hunyuan_train.checkpoint.convertible import ADAPTERS, Convertible, Layout
 from hunyuan_train.checkpoint.load import check_identity
 from hunyuan_train.checkpoint.storage import Manifest
 from hunyuan_train.checkpoint.tensor_files import CheckpointSource, ShardedWriter, open_source
@@ -83,7 +88,8 @@ def convert(
 ) -> list[Path]:
     """Convert weights on disk to safetensors and return the files written.
 
-    The adapters of a run (section ``lora``) are added to its weights, or written alone for peft.
+    The adapters of a run (section ``lora``) are added to its weights, or written alone for peft or
+    a pipeline of diffusers.
 
     Args:
         model: What to convert.
@@ -99,10 +105,12 @@ def convert(
         ValueError: one line naming the key that is missing, unknown or of another shape (with the
             found and the expected shape), or what else does not fit.
     """
-    if target is Layout.PEFT:
+    if target in ADAPTERS:
         opened = open_source(source_path, ema=ema)
         check_config(opened, source_path, model, source)
-        return write_for_peft(opened, output, max_shard_bytes, dtype)
+        if target is Layout.PEFT:
+            return write_for_peft(opened, output, max_shard_bytes, dtype)
+        return write_for_pipeline(opened, model.links, output, dtype)
     conversion = prepare(model, source_path, source=source, target=target, ema=ema, dtype=dtype)
     return conversion.write(output, max_shard_bytes)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_train.checkpoint.convertible import Convertible, Layout, diffusers_vae_class
+from hunyuan_train.checkpoint.convertible import ADAPTERS, Convertible, Layout, diffusers_vae_class
 from hunyuan_train.checkpoint.export import CONFIG_NAME, MAX_SHARD_BYTES, Conversion, prepare
 from hunyuan_train.checkpoint.pickle_writer import write_pickle
 from hunyuan_train.checkpoint.pipeline_files import read_shift, write_index, write_scheduler
@@ -130,8 +130,8 @@ def convert_folder(
     Raises:
         ValueError: one line naming the part and what does not fit.
     """
-    if options.target is Layout.PEFT:
-        raise ValueError("to=peft writes adapters alone; give model=transformer")
+    if options.target in ADAPTERS:
+        raise ValueError(f"to={options.target} writes adapters alone; give model=transformer")
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"output={output} is not empty; choose a new folder")
     if options.sets is not Sets.LAST and parts.average is None:

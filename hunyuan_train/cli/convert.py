@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hunyuan_train.checkpoint.convertible import Layout, convertible
+from hunyuan_train.checkpoint.convertible import ADAPTERS, Layout, convertible
 from hunyuan_train.checkpoint.export import MAX_SHARD_BYTES, convert
 from hunyuan_train.checkpoint.found_config import transformer_fields, vae_config
 from hunyuan_train.checkpoint.model_folder import FolderOptions, Sets, convert_folder, find_parts
@@ -23,8 +23,9 @@ from hunyuan_train.models.vae.config import VaeConfig
 USAGE = """\
 usage: hunyuan-train convert from=LAYOUT to=LAYOUT model=NAME input=PATH output=FOLDER [option=.]
 
-layouts: official (released names), ours (the same names, bare), diffusers; to=peft writes the
-         adapters of a run with lora.rank alone, all others add them to the weights
+layouts: official (released names), ours (the same names, bare), diffusers; to=peft and
+         to=diffusers-lora write the adapters of a run with lora.rank alone, all others add them to
+         the weights
 model:   pipeline, the whole folder of a model or run: transformer, VAE and sampler;
          transformer or vae, whose sizes the input says;
          or a name in conf/model, or vae/NAME of conf/vae
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     arguments, changes = parse(argv)
-    if _layout("from", arguments) is Layout.PEFT:
-        raise ValueError("from=peft: adapters alone are no model; give the run that made them")
+    if (source := _layout("from", arguments)) in ADAPTERS:
+        raise ValueError(f"from={source}: adapters alone are no model; give the run that made them")
     one_or_all = _convert_pipeline if arguments["model"] == PIPELINE else _convert_one
     for path in one_or_all(arguments, changes):
         print(path)

@@ -1,6 +1,8 @@
 """A run's folder, converted whole, samples in diffusers' pipelines what our sampler samples."""
 
 import warnings
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from diffusers import (
     HunyuanVideoPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from test_sampler_pipeline import (
     FRAMES,
     HEIGHT,
@@ -22,6 +25,7 @@ from test_sampler_pipeline import (
     randomise,
     relative_error,
 )
+from torch import nn
 
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.manager import CheckpointManager
@@ -33,6 +37,7 @@ from hunyuan_train.evaluation.prompts import Prompt
 from hunyuan_train.evaluation.sample import decode_latents, sample_latents
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.models.lora_config import LoraConfig
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import save_vae
@@ -53,8 +58,13 @@ SIZES = {
 }
 
 
-def write_run(folder: Path, form: ImageCondition) -> tuple[HunyuanVideo, CausalVae3D]:
-    """Write config, VAE and a checkpoint with weights and average; return average and VAE."""
+def write_run(
+    folder: Path, form: ImageCondition, lora: LoraConfig | None = None
+) -> tuple[HunyuanVideo, CausalVae3D]:
+    """Write config, VAE and a checkpoint with weights and average; return average and VAE.
+
+    With adapters these are the average, and the frozen weights are those of the average without.
+    """
     channels = 9 if form is ImageCondition.concat else 4
     cfg = HunyuanConfig(in_channels=channels, image_condition=form, **SIZES)
     last, average = HunyuanVideo(cfg).eval(), HunyuanVideo(cfg).eval()
@@ -76,12 +86,28 @@ def write_run(folder: Path, form: ImageCondition) -> tuple[HunyuanVideo, CausalV
     extra = [f"sample.shift={SHIFT}", f"run.vae={folder / 'vae'}", "vae.latent_channels=4"]
     extra += ["text.text_dim=24", "text.pooled_dim=12"]
     save_config(compose_config([*texts, *extra]), folder / "config.yaml")
-    manager = CheckpointManager(
-        folder / "checkpoints", CheckpointConfig(), identity=config_dict(cfg)
-    )
     sections = {"model": last.state_dict(), "ema": average.state_dict()}
+    identity = config_dict(cfg)
+    if lora is not None:
+        adapters = random_adapters(average, lora)
+        sections = {"model": {**average.state_dict(), **adapters}, "ema": adapters}
+        identity["lora"] = asdict(lora)
+    manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(), identity=identity)
     assert manager.save(2, sections, extra={})
     return average, vae
+
+
+def random_adapters(model: HunyuanVideo, lora: LoraConfig) -> dict[str, torch.Tensor]:
+    """Return both halves of an adapter for each linear that the config names."""
+    generator = torch.Generator().manual_seed(7)
+    adapters = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, p) for p in lora.targets):
+            shapes = {"A": (lora.rank, module.in_features), "B": (module.out_features, lora.rank)}
+            for half, shape in shapes.items():
+                tensor = 0.1 * torch.randn(shape, generator=generator)
+                adapters[f"{name}.lora_{half}.weight"] = tensor
+    return adapters
 
 
 def convert(source: str, target: str, path: Path, output: Path, *extra: str) -> None:
@@ -161,3 +187,28 @@ def test_image_to_video(form: ImageCondition, tmp_path: Path) -> None:
     pixels = (decode_latents(vae, latents) / 2 + 0.5).transpose(1, 2)[:, 4 * kept :]
     assert expected.std() > 0.05
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
+
+
+def test_adapters_for_a_pipeline_are_those_that_are_merged(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = LoraConfig(rank=3, alpha=6, targets=["*.linear1", "*.linear2", "*qkv", "*proj", "*.fc?",
+                                                "*adaLN_modulation.1", "*mod.linear"])  # fmt: skip
+    write_run(tmp_path / "base", ImageCondition.none)
+    write_run(tmp_path / "run", ImageCondition.none, lora)
+    for name in ("base", "run"):
+        convert("ours", "diffusers", tmp_path / name, tmp_path / f"{name}_theirs", "ema=true")
+    arguments = ["from=ours", "to=diffusers-lora", "model=transformer", "ema=true"]
+    assert main([*arguments, f"input={tmp_path / 'run'}", f"output={tmp_path / 'lora'}"]) == 0
+    keys = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors").keys()
+    assert "transformer.single_transformer_blocks.1.proj_mlp.lora_B.weight" in keys
+    assert "transformer.norm_out.linear.lora_B.weight" in keys
+
+    base = load_pipeline(tmp_path / "base_theirs", HunyuanVideoPipeline)
+    merged = load_pipeline(tmp_path / "run_theirs", HunyuanVideoPipeline)
+    noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(5))
+    without = run_pipeline(base, noise, output_type="latent")
+    wanted = run_pipeline(merged, noise, output_type="latent")
+    base.load_lora_weights(tmp_path / "lora")
+    found = run_pipeline(base, noise, output_type="latent")
+    assert relative_error(without, wanted) > 0.05
+    assert relative_error(found, wanted) <= 1e-4

@@ -1,6 +1,7 @@
 """Whole model folders converted: every direction and back, one group in memory, what is missing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,16 @@ from torch import Tensor
 from hunyuan_train.checkpoint import export
 from hunyuan_train.checkpoint.config import CheckpointConfig
 from hunyuan_train.checkpoint.manager import CheckpointManager
-from hunyuan_train.cli.convert import main
+from hunyuan_train.cli.convert import main, model_config
 from hunyuan_train.config.compose import compose_config, config_dict, save_config
 from hunyuan_train.models.hunyuan.config import HunyuanConfig, ImageCondition
 from hunyuan_train.models.hunyuan.model import HunyuanVideo
+from hunyuan_train.models.hunyuan.state_dict import (
+    diffusers_config,
+    fields_from_diffusers,
+    fields_from_shapes,
+    hunyuan_links,
+)
 from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.model import CausalVae3D
 from hunyuan_train.models.vae.state_dict import load_vae, save_vae
@@ -372,3 +379,23 @@ def test_bad_arguments(arguments, message, official, tmp_path):
     given |= dict(text.split("=", 1) for text in arguments)
     with pytest.raises(ValueError, match=message):
         main([f"{key}={value}" for key, value in given.items()] + [f"output={output}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("hunyuan_s2", ImageCondition.none),
+        ("hunyuan_video_13b", ImageCondition.concat),
+        ("hunyuan_video_13b_cfg", ImageCondition.token_replace),
+    ],
+)
+def test_config_comes_back_from_shapes_and_from_diffusers(name, form):
+    channels = {"in_channels": 33} if form is ImageCondition.concat else {}
+    cfg = replace(model_config(name, []), image_condition=form, **channels)
+    shapes = {link.ours: link.shape for link in hunyuan_links(cfg)}
+    # Nothing in the shapes tells that given frames replace noisy ones.
+    seen = replace(cfg, image_condition=ImageCondition.none)
+    expected = cfg if form is ImageCondition.concat else seen
+    assert HunyuanConfig(**fields_from_shapes(shapes)) == expected
+    theirs = json.loads(json.dumps(diffusers_config(cfg)))
+    assert HunyuanConfig(**fields_from_diffusers(theirs)) == cfg
