@@ -5,83 +5,74 @@ written. Then one group of tensors (a fused qkv and its parts, at most) is in me
 0.4 GiB for the 13B model in bfloat16, whose file has 24 GiB.
 """
 
-import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hunyuan_train.checkpoint.adapters import MergedSource, adapter_section, write_for_peft
+from hunyuan_train.checkpoint.adapters import (
+    MergedSource,
+    adapter_section,
+    write_for_peft,
+    write_for_pipeline,
+)
+from hunyuan_train.checkpoint.convertible import ADAPTERS, Convertible, Layout
 from hunyuan_train.checkpoint.load import check_identity
 from hunyuan_train.checkpoint.storage import Manifest
-from hunyuan_train.checkpoint.tensor_files import (
+from hunyuan_train.checkpoint.tensor_files import CheckpointSource, ShardedWriter, open_source
+from hunyuan_train.checkpoint.tensor_source import (
     DTYPE_NAMES,
-    CheckpointSource,
-    ShardedWriter,
     TensorInfo,
     TensorSource,
-    open_source,
+    in_dtype,
     renamed,
 )
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
-from hunyuan_train.models.hunyuan.state_dict import (
-    common_prefix,
-    diffusers_config,
-    hunyuan_links,
-)
-from hunyuan_train.models.spec import KeyLink, identity_link
-from hunyuan_train.models.vae.build import build_vae
+from hunyuan_train.models.hunyuan.state_dict import common_prefix
+from hunyuan_train.models.spec import KeyLink
 from hunyuan_train.models.vae.config import VaeConfig
-from hunyuan_train.models.vae.state_dict import RELEASED_CLASSES, config_to_released
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_SHARD_BYTES = 4 << 30
 VAE_PREFIX = "vae."
-
-
-class Layout(StrEnum):
-    """Names and shapes that weights are stored under."""
-
-    OFFICIAL = "official"
-    OURS = "ours"
-    DIFFUSERS = "diffusers"
-    PEFT = "peft"
-    """The adapters of a run alone; written, not read."""
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Convertible:
-    """A model whose weights can be converted."""
+class Conversion:
+    """Weights found fit to be converted, of which no value is read yet."""
 
-    links: Sequence[KeyLink]
-    """Every tensor."""
-    config: HunyuanConfig | VaeConfig
-    """Our config, stored beside weights in our layout."""
+    model: Convertible
+    weights: TensorSource
+    source: Layout
+    target: Layout
+    infos: dict[str, TensorInfo]
+    """What will be written, in order."""
 
-    def stored_config(self, layout: Layout) -> dict[str, Any] | None:
-        """Return what ``config.json`` says in a layout, None if it has none."""
-        if layout is Layout.OURS:
-            return dataclasses.asdict(self.config)
-        if isinstance(self.config, VaeConfig):
-            name = RELEASED_CLASSES[self.config.kind]
-            return {"_class_name": name, **config_to_released(self.config)}
-        return diffusers_config(self.config) if layout is Layout.DIFFUSERS else None
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read, convert and yield the tensors of ``infos``, one group in memory at a time."""
+        for link in _widest_first(self.weights, self.model.links, self.source):
+            yield from _converted(self.weights, link, self.source, self.target)
 
+    def write(self, output: Path, max_shard_bytes: int) -> list[Path]:
+        """Write safetensors and, if the layout has one, ``config.json`` into a folder.
 
-def convertible(cfg: HunyuanConfig | VaeConfig) -> Convertible:
-    """Return what is to be known of a model to convert it; nothing is allocated."""
-    if isinstance(cfg, HunyuanConfig):
-        return Convertible(links=hunyuan_links(cfg), config=cfg)
-    with torch.device("meta"):
-        state = build_vae(cfg).state_dict()
-    # The VAE has one set of names everywhere.
-    links = [identity_link(key, tuple(tensor.shape)) for key, tensor in state.items()]
-    return Convertible(links=links, config=cfg)
+        Raises:
+            ValueError: it holds weights already, or its disk is too small.
+        """
+        stem = "diffusion_pytorch_model" if self.target is Layout.DIFFUSERS else "model"
+        if isinstance(self.model.config, VaeConfig) and self.target is Layout.OURS:
+            max_shard_bytes = sum(info.num_bytes for info in self.infos.values())  # one file
+        writer = ShardedWriter(output, stem, self.infos, max_shard_bytes)
+        for key, tensor in self.tensors():
+            writer.write(key, tensor)
+        config = self.model.stored_config(self.target)
+        if config is not None:
+            (output / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        return writer.finish()
 
 
 def convert(
@@ -92,11 +83,13 @@ def convert(
     source: Layout,
     target: Layout,
     ema: bool = False,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
     """Convert weights on disk to safetensors and return the files written.
 
-    The adapters of a run (section ``lora``) are added to its weights, or written alone for peft.
+    The adapters of a run (section ``lora``) are added to its weights, or written alone for peft or
+    a pipeline of diffusers.
 
     Args:
         model: What to convert.
@@ -105,30 +98,50 @@ def convert(
         source: Layout of the input.
         target: Layout to write.
         ema: Take the moving average where the input has both.
+        dtype: Type to write; None keeps the types there are, and makes float8 bfloat16.
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
         ValueError: one line naming the key that is missing, unknown or of another shape (with the
             found and the expected shape), or what else does not fit.
     """
-    config = model.stored_config(target)
-    opened = open_source(source_path, ema=ema)
+    if target in ADAPTERS:
+        opened = open_source(source_path, ema=ema)
+        check_config(opened, source_path, model, source)
+        if target is Layout.PEFT:
+            return write_for_peft(opened, output, max_shard_bytes, dtype)
+        return write_for_pipeline(opened, model.links, output, dtype)
+    conversion = prepare(model, source_path, source=source, target=target, ema=ema, dtype=dtype)
+    return conversion.write(output, max_shard_bytes)
+
+
+def prepare(
+    model: Convertible,
+    source_path: Path,
+    *,
+    source: Layout,
+    target: Layout,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Conversion:
+    """Find everything that can be wrong with the input, from names, shapes and types.
+
+    Args are those of :func:`convert`.
+
+    Raises:
+        ValueError: one line naming what does not fit.
+    """
+    model.stored_config(target)  # says what the target cannot express
+    opened = open_source(source_path, ema=ema, float8_as=dtype or torch.bfloat16)
     check_config(opened, source_path, model, source)
-    if target is Layout.PEFT:
-        return write_for_peft(opened, output, max_shard_bytes)
     if (lora := adapter_section(opened)) is not None:
         opened = MergedSource(opened, lora)
     weights = without_prefix(opened, model.config)
+    if dtype is not None:
+        weights = in_dtype(weights, dtype)
     check_source(weights, model.links, source, source_path)
-    plan = _target_infos(weights, model.links, source, target)
-    stem = "diffusion_pytorch_model" if target is Layout.DIFFUSERS else "model"
-    writer = ShardedWriter(output, stem, plan, max_shard_bytes)
-    for link in _widest_first(weights, model.links, source):
-        for key, tensor in _converted(weights, link, source, target):
-            writer.write(key, tensor)
-    if config is not None:
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return writer.finish()
+    infos = _target_infos(weights, model.links, source, target)
+    return Conversion(model=model, weights=weights, source=source, target=target, infos=infos)
 
 
 def check_config(source: TensorSource, path: Path, model: Convertible, layout: Layout) -> None:
@@ -143,9 +156,10 @@ def check_config(source: TensorSource, path: Path, model: Convertible, layout: L
     if isinstance(source, CheckpointSource):
         stored = Manifest.read(source.folder).identity
         check_identity(source.folder, {k: v for k, v in stored.items() if k != "lora"}, ours)
-    elif (path / "config.json").is_file():
-        stored = json.loads((path / "config.json").read_text())
-        shared = stored.keys() & ours.keys()
+    elif (path / CONFIG_NAME).is_file():
+        stored = json.loads((path / CONFIG_NAME).read_text())
+        # A class has another name in each code base, and tiles may be chosen freely.
+        shared = {k for k in stored.keys() & ours.keys() if not k.startswith(("_", "sample_"))}
         check_identity(path, {k: stored[k] for k in shared}, {k: ours[k] for k in shared})
 
 
@@ -187,8 +201,8 @@ def check_source(
             )
         if found.dtype in FLOAT8:
             raise ValueError(
-                f"{path}: {key} is stored as {DTYPE_NAMES[found.dtype]} with its scale in another "
-                "file; convert the bfloat16 weights instead"
+                f"{path}: {key} is stored as {DTYPE_NAMES[found.dtype]}, which is no released "
+                "form; convert the bfloat16 weights instead"
             )
     for key in source.infos:
         if key not in expected:

@@ -3,17 +3,17 @@
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hunyuan_train.checkpoint.float8 import FLOAT8_SUFFIX, MAP_SUFFIX, dequantised
 from hunyuan_train.checkpoint.load import (
     find_checkpoint,
     members,
@@ -22,48 +22,9 @@ from hunyuan_train.checkpoint.load import (
     stored_tensors,
 )
 from hunyuan_train.checkpoint.ranks import Ranks
+from hunyuan_train.checkpoint.tensor_source import DTYPE_NAMES, DTYPES, TensorInfo, TensorSource
 
-# safetensors names of the types a released or trained model is stored in.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Shape and type of a tensor on disk, known without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class TensorSource(Protocol):
-    """Weights on disk whose tensors are read one by one."""
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's key, shape and type."""
-        ...
-
-    def read(self, key: str) -> Tensor:
-        """Return one tensor on the CPU."""
-        ...
 
 
 class SafetensorsSource:
@@ -96,14 +57,7 @@ class PickleSource:
     """A ``torch.save`` file; memory-mapped, so a tensor is read when it is used."""
 
     def __init__(self, path: Path, *, ema: bool) -> None:
-        # Files of the format before torch 1.6 are no zip archives and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is damaged or holds more than tensors ({reason})") from error
-        state = _unwrapped(loaded, path, ema=ema)
+        state = _unwrapped(read_pickle(path), path, ema=ema)
         self._tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         self.infos = {k: TensorInfo(tuple(v.shape), v.dtype) for k, v in self._tensors.items()}
 
@@ -133,6 +87,21 @@ class CheckpointSource:
         return tensor
 
 
+def read_pickle(path: Path) -> Any:
+    """Return what a ``torch.save`` file holds, its tensors mapped; it cannot run code.
+
+    Raises:
+        ValueError: it is damaged, or holds objects that are no plain data.
+    """
+    # Files of the format before torch 1.6 are no zip archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or holds more than tensors ({reason})") from error
+
+
 def _unwrapped(loaded: Any, path: Path, *, ema: bool) -> dict[str, Any]:
     """Return the state dict in a pickle: bare, or under module, ema or state_dict."""
     if not isinstance(loaded, dict):
@@ -140,38 +109,53 @@ def _unwrapped(loaded: Any, path: Path, *, ema: bool) -> dict[str, Any]:
     entries = [k for k in ("module", "ema", "state_dict") if isinstance(loaded.get(k), dict)]
     if ema and "ema" not in entries:
         raise ValueError(f"{path} has no ema weights; leave out ema=true")
-    if not entries:
-        return loaded
-    return loaded["ema" if ema else entries[0]]
+    state = loaded["ema" if ema else entries[0]] if entries else loaded
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        found = ", ".join(map(str, state)) or "nothing"
+        raise ValueError(
+            f"{path} holds no tensors, bare or under module, ema or state_dict; it has {found}"
+        )
+    return state
 
 
-def open_source(path: Path, *, ema: bool) -> TensorSource:
+def open_source(path: Path, *, ema: bool, float8_as: torch.dtype = torch.bfloat16) -> TensorSource:
     """Open weights: a .safetensors or torch.save file, a folder of either, or a run's checkpoint.
 
     Args:
         path: File or folder.
         ema: Take the moving average, where a file or checkpoint has both.
+        float8_as: Type that weights of the released float8 form are multiplied out in.
 
     Raises:
-        ValueError: nothing to read there, or it is damaged.
+        ValueError: nothing to read there, it is damaged, or float8 weights have no scales.
     """
     if path.is_file():
         files = [path]
     elif not path.is_dir():
         raise ValueError(f"input={path} does not exist")
-    elif (path / "checkpoints").is_dir() or path.name.startswith("step-"):
+    elif is_checkpoint(path):
         return CheckpointSource(path, ema=ema)
     else:
         files = _weight_files(path)
     if files[0].suffix != ".safetensors":
-        return PickleSource(files[0], ema=ema)
-    if ema:
+        source = PickleSource(files[0], ema=ema)
+    elif ema:
         raise ValueError(f"{path} holds one set of weights; leave out ema=true")
-    return SafetensorsSource(files)
+    else:
+        source = SafetensorsSource(files)
+    return dequantised(source, files[0], read_pickle, float8_as)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a training checkpoint or the folder of a run that has some."""
+    return (path / "checkpoints").is_dir() or path.name.startswith("step-")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return what an index lists, else every safetensors file, else the one .pt or .bin."""
+    """Return what an index lists, else every safetensors file, else the one .pt or .bin.
+
+    The released folder has the weights in bfloat16 and in float8; then the former are taken.
+    """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         files = [folder / name for name in sorted(set(_weight_map(indices[0]).values()))]
@@ -180,7 +164,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise ValueError(f"{path} is missing, but {indices[0].name} lists it")
         return files
     for pattern in ("*.safetensors", "*.pt", "*.bin"):
-        files = sorted(folder.glob(pattern))
+        files = [p for p in sorted(folder.glob(pattern)) if not p.stem.endswith(MAP_SUFFIX)]
+        if len(files) == 2 and files[1].stem == files[0].stem + FLOAT8_SUFFIX:
+            files = files[:1]
         if len(files) == 1 or (files and pattern == "*.safetensors"):
             return files
         if files:
@@ -294,18 +280,3 @@ def _plan_shards(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[
         shards[-1].append(key)
         filled += info.num_bytes
     return shards
-
-
-def renamed(source: TensorSource, rename: Callable[[str], str | None]) -> TensorSource:
-    """Return ``source`` under other keys; a key renamed to None is left out."""
-    return _Renamed(source, rename)
-
-
-class _Renamed:
-    def __init__(self, source: TensorSource, rename: Callable[[str], str | None]) -> None:
-        self._source = source
-        self._stored = {new: old for old in source.infos if (new := rename(old)) is not None}
-        self.infos = {new: source.infos[old] for new, old in self._stored.items()}
-
-    def read(self, key: str) -> Tensor:
-        return self._source.read(self._stored[key])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hunyuan_train.checkpoint import export
 from hunyuan_train.checkpoint.config import CheckpointConfig
-from hunyuan_train.checkpoint.export import Layout, convert, convertible
+from hunyuan_train.checkpoint.convertible import Layout, convertible
+from hunyuan_train.checkpoint.export import convert
 from hunyuan_train.checkpoint.manager import CheckpointManager
 from hunyuan_train.cli.convert import main
 from hunyuan_train.config.compose import config_dict
@@ -138,8 +139,8 @@ def test_at_most_one_group_of_tensors_is_alive(official, state, cfg, tmp_path, m
     alive = peak = 0
     opened, write = export.open_source, export.ShardedWriter.write
 
-    def counting_open(path, *, ema):
-        source = opened(path, ema=ema)
+    def counting_open(path, **options):
+        source = opened(path, **options)
         read = source.read
 
         def counting_read(key):
@@ -176,6 +177,8 @@ def broken(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         changed["img_in.proj.scale"] = torch.zeros(3)
     elif kind == "float8":
         changed[QKV] = changed[QKV].to(torch.float8_e4m3fn)
+    elif kind == "e5m2":
+        changed[QKV] = changed[QKV].to(torch.float8_e5m2)
     return changed
 
 
@@ -188,7 +191,11 @@ def broken(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         ),
         ("shape", r"img_attn_qkv\.weight has shape \[95, 32\], expected \[96, 32\]"),
         ("unexpected", r"unexpected key img_in\.proj\.scale of shape \[3\]"),
-        ("float8", r"img_attn_qkv\.weight is stored as F8_E4M3 with its scale in another file"),
+        (
+            "float8",
+            r"img_attn_qkv\.weight is stored as float8 .* in_map\.pt beside it, which is mis",
+        ),
+        ("e5m2", r"img_attn_qkv\.weight is stored as F8_E5M2, which is no released form; conv"),
     ],
 )
 def test_wrong_tensor_is_named_and_nothing_is_written(kind, message, state, tmp_path):

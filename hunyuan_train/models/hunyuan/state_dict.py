@@ -5,8 +5,9 @@ q, k, v (and the MLP input of a single block) as separate linears, and has the m
 final norm as (scale, shift) where ours is (shift, scale).
 """
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,24 @@ _THEIR_IMAGE_CONDITION = {
     ImageCondition.concat: "latent_concat",
     ImageCondition.token_replace: "token_replace",
 }
+
+# Our fields and what diffusers calls them.
+_SAME_FIELDS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "num_heads": "num_attention_heads",
+    "num_double_blocks": "num_layers",
+    "num_single_blocks": "num_single_layers",
+    "refiner_depth": "num_refiner_layers",
+    "mlp_ratio": "mlp_ratio",
+    "guidance_embed": "guidance_embeds",
+    "text_dim": "text_embed_dim",
+    "pooled_dim": "pooled_projection_dim",
+    "rope_theta": "rope_theta",
+}
+
+# Channels of a head that the released models rotate by frame, row and column, by head size.
+_RELEASED_AXES = {128: [16, 56, 56], 96: [12, 42, 42]}
 
 # Our module path (block index as {}) -> the diffusers modules holding it, stacked in this order.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -132,20 +151,96 @@ def diffusers_config(cfg: HunyuanConfig) -> dict[str, Any]:
     return {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "image_condition_type": _THEIR_IMAGE_CONDITION[cfg.image_condition],
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "num_attention_heads": cfg.num_heads,
         "attention_head_dim": cfg.head_dim,
-        "num_layers": cfg.num_double_blocks,
-        "num_single_layers": cfg.num_single_blocks,
-        "num_refiner_layers": cfg.refiner_depth,
-        "mlp_ratio": cfg.mlp_ratio,
         "patch_size": rows,
         "patch_size_t": frames,
         "qk_norm": "rms_norm",
-        "guidance_embeds": cfg.guidance_embed,
-        "text_embed_dim": cfg.text_dim,
-        "pooled_projection_dim": cfg.pooled_dim,
-        "rope_theta": cfg.rope_theta,
         "rope_axes_dim": list(cfg.rope_axes),
+        **{theirs: getattr(cfg, ours) for ours, theirs in _SAME_FIELDS.items()},
     }
+
+
+def fields_from_diffusers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of our config for a diffusers ``config.json``.
+
+    Raises:
+        ValueError: a field is missing, or is of a model that is not ours.
+    """
+    if stored.get("_class_name", "HunyuanVideoTransformer3DModel") != (
+        "HunyuanVideoTransformer3DModel"
+    ):
+        raise ValueError(
+            f"_class_name is {stored['_class_name']}, expected HunyuanVideoTransformer3DModel"
+        )
+    conditions = {theirs: ours for ours, theirs in _THEIR_IMAGE_CONDITION.items()}
+    condition = stored.get("image_condition_type")
+    if condition not in conditions:
+        known = ", ".join(str(name) for name in conditions)
+        raise ValueError(f"image_condition_type is {condition}; known are {known}")
+    if stored.get("qk_norm", "rms_norm") != "rms_norm":
+        raise ValueError(f"qk_norm is {stored['qk_norm']}; our model has rms_norm")
+    try:
+        rows = stored["patch_size"]
+        return {
+            "image_condition": conditions[condition].value,
+            "hidden_size": stored["num_attention_heads"] * stored["attention_head_dim"],
+            "patch_size": [stored["patch_size_t"], rows, rows],
+            "rope_axes": list(stored["rope_axes_dim"]),
+            **{ours: stored[theirs] for ours, theirs in _SAME_FIELDS.items()},
+        }
+    except KeyError as error:
+        raise ValueError(f"the field {error.args[0]} is missing") from error
+
+
+def fields_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the fields of our config that weights under the released names show.
+
+    The rotary axes are those released for the head size, and left out for any other. Channels show
+    that given frames are concatenated, and nothing that they replace noisy ones.
+
+    Args:
+        shapes: Shape of every tensor, without the saver's prefix.
+
+    Raises:
+        ValueError: a tensor that every model has is missing.
+    """
+    double, single = (_num_blocks(shapes, f"{kind}_blocks.") for kind in ("double", "single"))
+    norm = "double_blocks.0.img_attn_q_norm" if double else "single_blocks.0.q_norm"
+    try:
+        hidden, channels, *patch = shapes["img_in.proj.weight"]
+        (head,) = shapes[f"{norm}.weight"]
+        out = shapes["final_layer.linear.weight"][0] // math.prod(patch)
+        fields = {
+            "hidden_size": hidden,
+            "num_heads": hidden // head,
+            "num_double_blocks": double,
+            "num_single_blocks": single,
+            "mlp_ratio": _mlp_size(shapes, double > 0) / hidden,
+            "patch_size": patch,
+            "in_channels": channels,
+            "out_channels": out,
+            "text_dim": shapes["txt_in.input_embedder.weight"][1],
+            "pooled_dim": shapes["vector_in.in_layer.weight"][1],
+            "refiner_depth": _num_blocks(shapes, _REFINER.removesuffix("{}.")),
+            "guidance_embed": "guidance_in.mlp.0.weight" in shapes,
+        }
+    except KeyError as error:
+        raise ValueError(f"the tensor {error.args[0]} is missing") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError("its tensors have other dimensions than those of the model") from error
+    if head in _RELEASED_AXES:
+        fields["rope_axes"] = _RELEASED_AXES[head]
+    if channels == 2 * out + 1:
+        fields["image_condition"] = ImageCondition.concat.value
+    return fields
+
+
+def _num_blocks(keys: Iterable[str], prefix: str) -> int:
+    return len({key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
+
+
+def _mlp_size(shapes: Mapping[str, tuple[int, ...]], double: bool) -> int:
+    if double:
+        return shapes["double_blocks.0.img_mlp.fc1.weight"][0]
+    rows, columns = shapes["single_blocks.0.linear1.weight"]
+    return rows - 3 * columns
