@@ -11,6 +11,7 @@ VERBS = {
     "train-vae": "train a VAE on the clips of data.source, into run.vae",
     "certify": "prove that this layout computes what one process computes",
     "precompute": "clips and captions in, latents and text features out",
+    "serve": "encode clips for training that runs elsewhere, until stopped",
     "plan": "layouts that fit a cluster and what they take; `plan data`, `verify`, `budget`",
     "scaling": "a scaling law from runs of several sizes; `scaling sweep` trains them",
     "sample": "videos from a run's weights and prompts",

@@ -49,7 +49,7 @@ FREE_TO_CHANGE = (
         f"data.{field}"
         for field in (
             "workers", "worker_timeout_s", "prefetch_gib", "retries", "local_cache", "verify",
-            "max_bad_share",
+            "max_bad_share", "service.",
         )
     ),
     *(
@@ -99,7 +99,10 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
         clock.lap("build")
         log.info("%s", run.state.loader.describe())
         with StepMeter(run) as meter, Supervision(run, heart, clock) as watch, evaluation:
-            return run_steps(run, meter, watch, evaluation, preemption)
+            try:
+                return run_steps(run, meter, watch, evaluation, preemption)
+            finally:
+                run.state.loader.end()
 
 
 def run_steps(

@@ -94,12 +94,11 @@ class Worker:
                     "hashed_ns": now,
                     "sha256": digest,
                 }
-        return key_of(digest, source.path.suffix.lower(), self.config_hash)
+        return source_key(digest, source.path.suffix, self.config_hash)
 
     def text_key(self, caption: str, media: str) -> str:
         """Name the features of a caption."""
-        kind = {"pipeline": PIPELINE, "storage_dtype": str(self.cfg.storage_dtype)}
-        return key_of(self.text.fingerprint, kind, media, caption)
+        return text_key(self.text.fingerprint, str(self.cfg.storage_dtype), caption, media)
 
     def _encode_sources(self, pending: dict[str, Source], part: Part) -> None:
         batches = _LatentBatches(self.vae, self.cfg, self.dtype, part)
@@ -271,3 +270,14 @@ def config_hash(cfg: DataConfig, vae_fingerprint: str) -> str:
             "vae": vae_fingerprint,
         }
     )
+
+
+def source_key(digest: str, suffix: str, config: str) -> str:
+    """Name the latents of a file by the SHA-256 of its bytes, suffix and :func:`config_hash`."""
+    return key_of(digest, suffix.lower(), config)
+
+
+def text_key(fingerprint: str, storage_dtype: str, caption: str, media: str) -> str:
+    """Name the features of a caption by the text encoder's fingerprint and how they are stored."""
+    kind = {"pipeline": PIPELINE, "storage_dtype": storage_dtype}
+    return key_of(fingerprint, kind, media, caption)
