@@ -7,7 +7,6 @@ is that of its last use.
 """
 
 import fcntl
-import json
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +47,20 @@ class Cache:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Return an entry, None if there is none that is whole."""
+        """Return the tensors of an entry, None if there is none that is whole."""
+        found = self._read(key)
+        return None if found is None else found[1]
+
+    def noted(self, key: str) -> str | None:
+        """Return what :meth:`note` noted, None if nothing."""
+        found = self._read(key)
+        return None if found is None else found[0].get("note")
+
+    def note(self, key: str, text: str) -> None:
+        """Keep a short text."""
+        self.put(key, {}, text)
+
+    def _read(self, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if not self._limit:
             return None
         path = self._path(key)
@@ -64,11 +77,11 @@ class Cache:
             with suppress(OSError):
                 path.unlink()
             return None
-        return tensors
+        return header, tensors
 
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
         """Keep an entry; a full or broken disk is a warning, not an error."""
-        frame = pack({"key": key}, tensors)
+        frame = pack({"key": key, "note": note}, tensors)
         if len(frame) > _KEPT_SHARE * self._limit:
             return
         path = self._path(key)
@@ -85,7 +98,8 @@ class Cache:
             self._added += len(frame)
             if self._added > _CHECK_SHARE * self._limit:
                 self._added = 0
-                self._clean()
+                # On a thread: it looks at every file.
+                threading.Thread(target=self._clean, name="cache-clean", daemon=True).start()
 
     @property
     def nbytes(self) -> int:
@@ -123,55 +137,3 @@ class Cache:
                 with suppress(OSError):
                     path.unlink()
                 total -= size
-
-
-class Digests:
-    """SHA-256 of source files by name, size and time, so that an untouched file is read once.
-
-    They lie in one file of lines, to which all encoders append.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, tuple[int, int, str]] = {}
-        self._read_to = 0
-        self._looked = 0.0
-        self._lock = threading.Lock()
-
-    def get(self, file: str, stat: os.stat_result) -> str | None:
-        """Return the digest of a file that is as it was, None if it was never read."""
-        with self._lock:
-            found = self._known.get(file)
-            if found is None and time.monotonic() - self._looked > 1.0:
-                self._refresh()
-                found = self._known.get(file)
-        if found is not None and found[:2] == (stat.st_size, stat.st_mtime_ns):
-            return found[2]
-        return None
-
-    def put(self, file: str, stat: os.stat_result, digest: str) -> None:
-        """Note the digest of a file that had ``stat`` before it was read."""
-        line = json.dumps([file, stat.st_size, stat.st_mtime_ns, digest], ensure_ascii=False)
-        with self._lock, suppress(OSError):  # it is read once more, then
-            self._known[file] = (stat.st_size, stat.st_mtime_ns, digest)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8", errors="surrogatepass") as out:
-                out.write(line + "\n")
-
-    def _refresh(self) -> None:
-        self._looked = time.monotonic()
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._read_to)
-                raw = file.read()
-        except OSError:
-            return
-        whole = raw[: raw.rfind(b"\n") + 1]
-        self._read_to += len(whole)
-        for line in whole.decode("utf-8", "surrogatepass").splitlines():
-            with suppress(ValueError):  # two processes wrote at once, on a disk that cannot do that
-                name, size, mtime_ns, digest = json.loads(line)
-                self._known[name] = (size, mtime_ns, digest)

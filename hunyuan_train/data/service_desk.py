@@ -148,8 +148,13 @@ class Desk:
                 os.utime(self._path)
             except FileNotFoundError:
                 self._path = self._board.post(self._entry)
-            for client in list(self._clients):
-                self._send(client, {"op": "alive"})
+            with self.changed:
+                clients = list(self._clients)
+            for client in clients:
+                try:
+                    client.line.remark({"op": "alive"})
+                except (OSError, ValueError):  # gone, or hung up on by us
+                    self._drop(client)
             time.sleep(_ALIVE_S)
 
     def _listen(self, client: _Client) -> None:

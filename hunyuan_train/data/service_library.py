@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import SampleRow
-from hunyuan_train.data.parts import PARTS, PartStore
+from hunyuan_train.data.parts import PARTS, PartStore, key_of
 from hunyuan_train.data.quarantine import Reason, SampleError
-from hunyuan_train.data.service_cache import Cache, Digests
+from hunyuan_train.data.service_cache import Cache
 from hunyuan_train.data.store import Sample, StoreMeta, Text, shard_file
 
 FOLDER = "service"
@@ -56,7 +56,6 @@ class Library:
     ) -> None:
         folder = service_folder(cfg)
         self.cache = Cache(folder / "cache", int(cfg.service.cache_gib * 2**30))
-        self._digests = Digests(folder / "digests.jsonl")
         self._keys = keys
         self._meta = meta
         self._root = root
@@ -90,7 +89,7 @@ class Library:
             row: The row.
             read: Read the file if its digest is not known; without it, that is a miss.
         """
-        key = self._source_key(row.source, read=read)
+        key = self._source_key(row.source, read=read) if self.useful else None
         if key is None:
             return None
         found = self.cache.get(_row_key(key, row))
@@ -109,7 +108,7 @@ class Library:
     def keep(self, row: SampleRow, variant: int, tensors: dict[str, Tensor]) -> None:
         """Put what was made of a row and of one of its captions into the cache."""
         moments = {name: tensors[name] for name in MOMENTS if name in tensors}
-        key = self._source_key(row.source, read=True)
+        key = self._source_key(row.source, read=True) if self.useful else None
         if key is not None:
             self.cache.put(_row_key(key, row), moments)
         self.keep_text(row, variant, tensors)
@@ -123,7 +122,7 @@ class Library:
         path = self._root / source
         try:
             stat = path.stat()
-            digest = self._digests.get(source, stat)
+            digest = self._digest(source, stat)
             if digest is None:
                 if not read:
                     return None
@@ -132,12 +131,22 @@ class Library:
             return None
         return self._keys.source(digest, path.suffix.lower())
 
+    def _digest(self, source: str, stat: os.stat_result) -> str | None:
+        """Return the digest of a file that is as it was when it was read; None: it never was."""
+        found = self.cache.noted(_stamp(source, stat))
+        if found is None and self._parts is not None:
+            known = self._parts.digests.get(source, ("", {}))[1]
+            same = (known.get("size"), known.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+            if same and stat.st_mtime_ns + _RACY_NS < known["hashed_ns"]:
+                found = known["sha256"]
+        return found
+
     def _hash(self, path: Path, source: str, stat: os.stat_result) -> str:
         now = time.time_ns()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if stat.st_mtime_ns + _RACY_NS < now:
-            self._digests.put(source, stat, digest)
+            self.cache.note(_stamp(source, stat), digest)
         return digest
 
     def _stored_moments(self, key: str, row: SampleRow) -> dict[str, Tensor] | None:
@@ -218,6 +227,10 @@ def check_text(row: SampleRow, texts: dict[str, Tensor]) -> None:
             f"the text features of {row.sample_id} are not finite in {texts['states'].dtype}; set "
             "data.storage_dtype=float32, or check the text encoder's weights"
         )
+
+
+def _stamp(source: str, stat: os.stat_result) -> str:
+    return key_of("digest", source, str(stat.st_size), str(stat.st_mtime_ns))
 
 
 def _row_key(source_key: str, row: SampleRow) -> str:

@@ -131,11 +131,23 @@ class Line:
         with self._sending:
             self._socket.sendall(frame)
 
+    def remark(self, header: Mapping[str, Any]) -> None:
+        """Send a small frame, but only if that does not have to wait for anything.
+
+        Raises:
+            OSError: The other end is gone.
+        """
+        if not self._sending.acquire(blocking=False):
+            return  # something is being sent
+        try:
+            if self._ready(select.POLLOUT, 0):
+                self._socket.sendall(pack(header))
+        finally:
+            self._sending.release()
+
     def wait(self) -> None:
         """Wait, however long, until there is something to receive."""
-        waiter = select.poll()
-        waiter.register(self._socket, select.POLLIN)
-        waiter.poll()
+        self._ready(select.POLLIN, None)
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Receive a frame.
@@ -152,6 +164,11 @@ class Line:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _ready(self, event: int, timeout: int | None) -> bool:
+        waiter = select.poll()
+        waiter.register(self._socket, event)
+        return bool(waiter.poll(timeout))
 
     def _read(self, nbytes: int) -> bytearray:
         data = bytearray(nbytes)

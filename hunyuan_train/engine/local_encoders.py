@@ -2,17 +2,16 @@
 
 import atexit
 import logging
-import secrets
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from hunyuan_train.config.compose import save_config
+from hunyuan_train.config.compose import CONFIG_NAME, save_config
 from hunyuan_train.config.root import RunConfig
-from hunyuan_train.data.service_library import service_folder
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,8 @@ class LocalEncoders:
     """
 
     def __init__(self, cfg: RunConfig, device: str) -> None:
-        folder = service_folder(cfg.data)
-        self._config = folder / f"config-{secrets.token_hex(4)}.yaml"
+        self._folder = TemporaryDirectory(prefix="hunyuan-encoders-")
+        self._config = Path(self._folder.name) / CONFIG_NAME
         save_config(cfg, self._config)
         devices = cfg.data.service.devices or [device]
         self._places = [
@@ -78,8 +77,7 @@ class LocalEncoders:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        with suppress(OSError):
-            self._config.unlink()
+        self._folder.cleanup()
 
     def _watch(self) -> None:
         while not self._stopped.wait(_POLL_S):

@@ -136,8 +136,9 @@ class StepMeter:
             "excluded_samples": run.state.loader.excluded,
             "balance": sum(self._balance) / len(self._balance),
         }
-        for name, count in run.state.loader.service_counts().items():
-            own = torch.tensor(float(count), device=run.world.device)
-            row[name] = run.state.model.axes.sum(own, "dp")
+        counts = run.state.loader.service_counts()
+        if counts:
+            own = torch.tensor(list(counts.values()), dtype=torch.float64).to(run.world.device)
+            row |= dict(zip(counts, run.state.model.axes.sum(own, "dp"), strict=True))
         self._steps, self._balance = [], []
         self._progress.show(run.state.step, self._logger.emit(run.state.step, row))

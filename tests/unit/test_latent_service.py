@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,7 +15,7 @@ from hunyuan_train.data.index import Index
 from hunyuan_train.data.online import OnlineStore
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.service_board import Board
-from hunyuan_train.data.service_cache import Cache, Digests
+from hunyuan_train.data.service_cache import Cache
 from hunyuan_train.data.service_config import ServiceConfig
 from hunyuan_train.data.service_greeting import connect
 from hunyuan_train.data.service_library import Library, service_folder
@@ -175,6 +176,9 @@ def test_the_cache_keeps_what_was_used_last_and_finds_torn_files(tmp_path):
     assert torch.equal(cache.get("00key")["a"], value["a"])  # used: the youngest now
     for number in range(10, 15):
         cache.put(f"{number:02d}key", value)
+    until = time.monotonic() + 5
+    while cache.nbytes > 100_000 and time.monotonic() < until:
+        time.sleep(0.01)  # a thread cleans
     assert cache.nbytes <= 100_000
     assert cache.get("00key") is not None
     assert cache.get("01key") is None
@@ -188,27 +192,13 @@ def test_the_cache_keeps_what_was_used_last_and_finds_torn_files(tmp_path):
         assert torch.equal(cache.get("14key")["a"], value["a"])
     path.write_bytes(cache._path("13key").read_bytes())
     assert cache.get("14key") is None, "an entry in another's place"
+    cache.note("15key", "a text")
+    assert cache.noted("15key") == "a text"
+    assert cache.noted("16key") is None
     off = Cache(tmp_path, 0)
     off.put("99key", value)
     assert off.get("99key") is None
     assert off.get("13key") is None
-
-
-def test_digests_of_files_are_shared_and_a_torn_line_costs_one(tmp_path):
-    ours, theirs = (Digests(tmp_path / "d.jsonl") for _ in range(2))
-    stat = tmp_path.stat()
-    assert theirs.get("a", stat) is None
-    ours.put("a", stat, "11")
-    with (tmp_path / "d.jsonl").open("a") as file:
-        file.write('["b", 1, 2\n')
-    ours.put("c", stat, "33")
-    theirs._looked = 0.0
-    assert theirs.get("a", stat) == "11"
-    assert theirs.get("b", stat) is None
-    assert theirs.get("c", stat) == "33"
-    other = tmp_path / "other"
-    other.write_text("x")
-    assert theirs.get("a", other.stat()) is None, "the file has changed"
 
 
 @pytest.mark.parametrize(
@@ -402,7 +392,8 @@ def test_an_encoder_that_answers_what_cannot_be_is_not_asked_again(service, capl
         if tensors is None:
             send(client, header)
         elif answer == "garbage":
-            client.line._socket.sendall(b"HTL1" + b"\xff" * 20)
+            with suppress(OSError):
+                client.line._socket.sendall(b"HTL1" + b"\xff" * 20)
         elif answer == "shape":
             send(client, header, {**tensors, "mean": tensors["mean"][:1]})
         else:
