@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SHAPE = [
     "data.anchors=[64]", "data.durations=[1,5]", "data.assign=every", "data.bucket_stride=32",
     "data.max_batch=1", "data.global_samples=4", "data.storage_dtype=float32", "stage.steps=14",
-    "data.workers=1", "data.prefetch_gib=0.001",
+    "data.workers=1", "data.prefetch_gib=0.0001",
 ]  # fmt: skip
 SERVICE = ["data.encode=service", "data.service.cache_gib=0", "data.service.in_flight=2"]
 
