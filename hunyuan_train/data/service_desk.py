@@ -44,6 +44,8 @@ class Job:
     """Of its latents, if only its text is missing."""
     raw_bytes: int = 0
     """Of its pixels, once they are asked for."""
+    key: str | None = None
+    """Of its file, before it was decoded."""
 
     def done(self) -> bool:
         """Whether it can be encoded now."""

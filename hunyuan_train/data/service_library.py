@@ -89,7 +89,7 @@ class Library:
             row: The row.
             read: Read the file if its digest is not known; without it, that is a miss.
         """
-        key = self._source_key(row.source, read=read) if self.useful else None
+        key = self.source_key(row, read=read)
         if key is None:
             return None
         found = self.cache.get(_row_key(key, row))
@@ -105,28 +105,43 @@ class Library:
             return None
         return Text(states=found["states"].float(), pooled=found["pooled"].float())
 
-    def keep(self, row: SampleRow, variant: int, tensors: dict[str, Tensor]) -> None:
-        """Put what was made of a row and of one of its captions into the cache."""
-        moments = {name: tensors[name] for name in MOMENTS if name in tensors}
-        key = self._source_key(row.source, read=True) if self.useful else None
-        if key is not None:
+    def keep(self, key: str | None, row: SampleRow, variant: int, made: dict[str, Tensor]) -> None:
+        """Put what was made of a row and of one of its captions into the cache.
+
+        Args:
+            key: What :meth:`source_key` said before the file was decoded; if the file has another
+                now, its latents may be of either content and are not kept.
+            row: The row.
+            variant: The caption.
+            made: Latents and features of the caption.
+        """
+        if key is not None and key == self.source_key(row, read=True):
+            moments = {name: made[name] for name in MOMENTS if name in made}
             self.cache.put(_row_key(key, row), moments)
-        self.keep_text(row, variant, tensors)
+        self.keep_text(row, variant, made)
 
     def keep_text(self, row: SampleRow, variant: int, tensors: dict[str, Tensor]) -> None:
         """Put the features of a caption into the cache."""
         key = self._keys.text(row.texts[variant].caption, row.media)
         self.cache.put(key, {name: tensors[name] for name in ("pooled", "states")})
 
-    def _source_key(self, source: str, *, read: bool) -> str | None:
-        path = self._root / source
+    def source_key(self, row: SampleRow, *, read: bool) -> str | None:
+        """Return the name of the latents of a row's file, None if it cannot be known.
+
+        Args:
+            row: The row.
+            read: Read the file if its digest is not known.
+        """
+        if not self.useful:
+            return None
+        path = self._root / row.source
         try:
             stat = path.stat()
-            digest = self._digest(source, stat)
+            digest = self._digest(row.source, stat)
             if digest is None:
                 if not read:
                     return None
-                digest = self._hash(path, source, stat)
+                digest = self._hash(path, row.source, stat)
         except OSError:  # decoding says what is wrong
             return None
         return self._keys.source(digest, path.suffix.lower())

@@ -136,6 +136,7 @@ class EncoderServer:
             return
         future: Future[Any] | None = None
         if job.moments is None:
+            job.key = self._library.source_key(row, read=True)
             if text is not None:
                 self._store.remember(row.texts[variant].caption, row.media, text)
             future = self._workers.submit(row.sample_id, *self._store.job(row))
@@ -211,7 +212,7 @@ class EncoderServer:
                 continue
             assert isinstance(tensors, dict)
             self.counts.encoded += 1
-            self._library.keep(row, job.request.variant, tensors)
+            self._library.keep(job.key, row, job.request.variant, tensors)
             self._answer(job, tensors, hit=False)
 
     def _encode_texts(self, batch: list[Job]) -> None:

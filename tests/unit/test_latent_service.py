@@ -283,6 +283,32 @@ def reference(made, number):
     )
 
 
+def test_a_file_that_changes_meanwhile_is_not_kept(service, clips, tmp_path):
+    copy = tmp_path / "clips"
+    copy.mkdir()
+    for name in ("v1.mp4", "v1.txt"):
+        (copy / name).write_bytes((clips / name).read_bytes())
+    made = service(source=str(copy), service={"fallback_s": 0})
+    server = made.serve()
+    encode = server._store.encode
+
+    def changed(*batch):
+        with (copy / "v1.mp4").open("ab") as file:
+            file.write(b"x")
+        return encode(*batch)
+
+    server._store.encode = changed
+    store = made.open()
+    wanted = reference(made, 0)
+    for times in (1, 2):
+        assert same(store.load(0, 0), wanted)
+        assert server.counts.encoded == times
+    server._store.encode = encode
+    store.load(0, 0)
+    store.load(0, 0)
+    assert server.counts.encoded == 3
+
+
 def test_loader_draws_the_same_batches_as_from_a_store(service, clips, tmp_path):
     cfg = config(clips, tmp_path / "ahead")
     precompute(cfg, LatentEncoder(FakeVae()), FakeText())
