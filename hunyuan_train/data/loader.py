@@ -217,11 +217,12 @@ class BucketLoader:
         return dict(counts)
 
     def end(self) -> None:
-        """Stop reading ahead for good, and hang up on encoder processes."""
-        self.close()
-        for store in self._stores:
-            if isinstance(store, ServiceStore):
-                store.close()
+        """Hang up on encoder processes, if there are any, and stop reading ahead for good."""
+        served = [store for store in self._stores if isinstance(store, ServiceStore)]
+        if served:
+            self.close()
+        for store in served:
+            store.close()
 
     def _start(self) -> StepReader:
         if self._reader is None:

@@ -1,5 +1,6 @@
 """The ``data.service`` section: encoder processes that feed training."""
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -45,6 +46,11 @@ class ServiceConfig:
             if value < minimum:
                 raise ValueError(
                     f"data.service.{name}={value} is below {minimum}; set it to {minimum} or more"
+                )
+        for device in self.devices:
+            if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+                raise ValueError(
+                    f"data.service.devices entry {device} is not a device; write cpu, cuda or cuda:6"
                 )
         if self.nice > 19:
             raise ValueError(f"data.service.nice={self.nice} is above 19, the lowest priority")
