@@ -50,7 +50,7 @@ class ServiceConfig:
         for device in self.devices:
             if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
                 raise ValueError(
-                    f"data.service.devices entry {device} is not a device; write cpu, cuda or cuda:6"
+                    f"data.service.devices entry {device} is no device; write cpu, cuda or cuda:6"
                 )
         if self.nice > 19:
             raise ValueError(f"data.service.nice={self.nice} is above 19, the lowest priority")

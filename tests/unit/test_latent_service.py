@@ -493,7 +493,7 @@ def test_latents_beyond_the_storage_dtype_are_a_bad_sample(service):
     [
         ({"in_flight": 0}, "data.service.in_flight=0 is below 1"),
         ({"nice": 20}, "above 19"),
-        ({"devices": ["cpu", "gpu:1"]}, "devices entry gpu:1 is not a device"),
+        ({"devices": ["cpu", "gpu:1"]}, "devices entry gpu:1 is no device"),
         ({"fallback_s": -2}, "neither seconds nor -1"),
         ({"cache_gib": -1}, "data.service.cache_gib=-1 is below 0"),
     ],
