@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _LONGEST_REST_S = 60.0
+_FIRST_S = 5.0
+"""How long it may take at first until encoders that exist are connected."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +101,7 @@ class EncoderPool:
         check: Raises SampleError or KeyError if an answer has not the shapes of its row.
         find: Returns a finished sample without an encoder, None if there is none.
         fallback: Encodes a row on this rank.
-        about: What encoders must say about their samples; None takes what the first one says.
+        about: What encoders must say about their samples.
         finders: Threads that look for finished samples.
     """
 
@@ -128,7 +130,7 @@ class EncoderPool:
         self._losses: dict[str, _Loss] = {}
         self._trying: set[str] = set()
         self._asked = 0
-        self._alone_since: float | None = time.monotonic()
+        self._alone_since: float | None = time.monotonic() + _FIRST_S
         self._stopped = False
         self.counts = ServiceCounts()
         self._finders = ThreadPoolExecutor(finders, "data-find") if find else None
