@@ -12,6 +12,7 @@ VERBS = {
     "precompute": "clips and captions in, latents and text features out",
     "encode": "a video file of any length to a file of its latents",
     "decode": "a file of latents back to a video",
+    "serve": "encode clips for training that runs elsewhere, until stopped",
     "plan": "layouts that fit a cluster and what they take; `plan data`, `verify`, `budget`",
     "scaling": "a scaling law from runs of several sizes; `scaling sweep` trains them",
     "sample": "videos from a run's weights and prompts",

@@ -43,7 +43,7 @@ def check_tasks(cfg: RunConfig) -> Iterator[str]:
             f"objective.tasks={cfg.objective.tasks} gives frames to a model that takes none "
             "(model.image_condition=none); set it to token_replace or concat"
         )
-    online = cfg.data.encode is Encode.online
+    online = cfg.data.encode is not Encode.ahead
     if online and not set(needed) <= set(cfg.data.condition_frames):
         yield (
             f"objective.tasks={cfg.objective.tasks} gives the frames {', '.join(needed)}, but "

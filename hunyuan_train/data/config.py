@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hunyuan_train.data.buckets import Assign, Bucket, BucketTable, check_frames
+from hunyuan_train.data.service_config import ServiceConfig
 
 
 class ClipStart(StrEnum):
@@ -25,6 +26,7 @@ class Encode(StrEnum):
 
     ahead = "ahead"
     online = "online"
+    service = "service"
 
 
 class Policy(StrEnum):
@@ -110,7 +112,10 @@ class DataConfig:
     """Stores to mix, by name, instead of the one in ``latents``."""
     encode: Encode = Encode.ahead
     """``ahead``: training reads what precompute stored; ``online``: training decodes and encodes
-    the clips of ``source``, and keeps only an index in ``latents``."""
+    the clips of ``source``, and keeps only an index in ``latents``; ``service``: encoder processes
+    do, ahead of training."""
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    """Encoder processes, with ``encode=service``."""
     media_shares: dict[str, float] = field(default_factory=dict)
     """Shares of ``image`` and ``video`` in the samples drawn; empty: by sample counts."""
     anchor_shares: dict[int, float] = field(default_factory=dict)

@@ -34,6 +34,15 @@ class EncodingStore(Protocol):
         ...
 
 
+@runtime_checkable
+class ServedStore(Protocol):
+    """A store whose samples are made by other processes, as many at a time as these take."""
+
+    def open_workers(self) -> Workers:
+        """Return what asks for samples, by row number and caption."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Request:
     """One sample that was asked for, and its place in a batch."""
@@ -64,9 +73,16 @@ class Fetcher:
             if isinstance(store, EncodingStore):
                 processes = ProcessWorkers(store.decode, cfg.workers, cfg.worker_timeout_s)
                 self._workers.append(processes)
+            elif isinstance(store, ServedStore):
+                self._workers.append(store.open_workers())
             else:
                 threads = threads or ThreadWorkers(_load, cfg.workers, cfg.worker_timeout_s)
                 self._workers.append(threads)
+
+    @property
+    def served(self) -> bool:
+        """Whether a store bounds by itself how many of its samples are made at a time."""
+        return any(isinstance(store, ServedStore) for store in self._stores)
 
     def ask(self, source: int, number: int, place: int, epoch: int, seed: int) -> Request:
         """Have a worker load row ``number`` of a store, for ``place`` of a batch."""
@@ -75,6 +91,8 @@ class Fetcher:
         variant = choose_caption(row, seed, epoch)
         if isinstance(store, EncodingStore):
             arguments = store.job(row, epoch)
+        elif isinstance(store, ServedStore):
+            arguments = (number, variant)
         else:
             arguments = (store, number, variant)
         future = self._workers[source].submit(row.sample_id, *arguments)

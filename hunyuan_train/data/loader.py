@@ -21,6 +21,7 @@ from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.reader import LoadedStep, LoadedUnit, StepReader
+from hunyuan_train.data.service_store import ServiceStore
 from hunyuan_train.data.store import SampleStore
 
 _MIN_SAMPLES = 100
@@ -197,15 +198,31 @@ class BucketLoader:
         planner = self._planner
         groups = [self._stores[cell.store].index.group_of(cell.first) for cell in planner.cells]
         crop_losses = [group.crop_loss for group in groups]
-        return table_text(
-            bucket_rows(
-                planner.cells,
-                planner.shares.tolist(),
-                planner.costs,
-                planner.unit_sizes,
-                crop_losses,
-            )
+        rows = bucket_rows(
+            planner.cells,
+            planner.shares.tolist(),
+            planner.costs,
+            planner.unit_sizes,
+            crop_losses,
         )
+        served = [store.describe() for store in self._stores if isinstance(store, ServiceStore)]
+        return "\n".join([table_text(rows), *served])
+
+    def service_counts(self) -> dict[str, int]:
+        """Return where samples came from that encoder processes make; empty without such."""
+        counts: Counter[str] = Counter()
+        for store in self._stores:
+            if isinstance(store, ServiceStore):
+                counts.update(store.counts())
+        return dict(counts)
+
+    def end(self) -> None:
+        """Hang up on encoder processes, if there are any, and stop reading ahead for good."""
+        served = [store for store in self._stores if isinstance(store, ServiceStore)]
+        if served:
+            self.close()
+        for store in served:
+            store.close()
 
     def _start(self) -> StepReader:
         if self._reader is None:

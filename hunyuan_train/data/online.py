@@ -80,7 +80,7 @@ class OnlineStore:
         self._empty: dict[str, Text] = {}
         folder = index_sources(cfg, text.text_length)
         root = Path(cfg.source)
-        self._root = root if root.is_dir() else root.parent
+        self.root = root if root.is_dir() else root.parent
         self.index = Index.open(folder)
         tiny = [np.zeros((1, 64, 64, 3), np.uint8)]
         self.meta = StoreMeta(
@@ -126,7 +126,7 @@ class OnlineStore:
 
     def job(self, row: SampleRow, epoch: int) -> tuple[Any, ...]:
         """Return the arguments of ``decode`` for a row; the same in every epoch."""
-        path = self._root / row.source
+        path = self.root / row.source
         media = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
         return str(path), media, row.bucket, row.anchor, self._cfg
 
@@ -146,6 +146,17 @@ class OnlineStore:
                 part = slice(first, first + step)
                 outcomes += self._encode_part(rows[part], decoded[part], texts[part])
         return outcomes
+
+    def texts(self, captions: list[str], media: str) -> list[Text]:
+        """Return the features of captions of one medium."""
+        with self._lock:
+            return self._texts_of(captions, media)
+
+    def remember(self, caption: str, media: str, text: Text) -> None:
+        """Take features that are known already, so that they are not made once more."""
+        with self._lock:
+            self._texts[caption, media] = text
+            self._texts.move_to_end((caption, media))
 
     def _encode_part(
         self, rows: list[SampleRow], decoded: Sequence[np.ndarray], texts: list[Text]

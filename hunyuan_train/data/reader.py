@@ -17,6 +17,8 @@ from hunyuan_train.data.store import SampleStore
 
 _MOST_READY = 8
 """Updates that may wait to be taken."""
+_MOST_SERVED = 64
+"""Units that may wait for encoders, which may be many."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,8 +105,8 @@ class StepReader:
         self._stopped = False
         self.queued_bytes = 0
         """Memory of what is loaded or being loaded, and not taken yet."""
-        self._most_flights = 2 * cfg.workers
         self.fetcher = Fetcher(stores, cfg)
+        self._most_flights = _MOST_SERVED if self.fetcher.served else 2 * cfg.workers
         self._thread = threading.Thread(target=self._run, name="data-reader", daemon=True)
         self._thread.start()
 

@@ -13,13 +13,11 @@ from hunyuan_train.data.config import DataConfig, Encode
 from hunyuan_train.data.cost import sample_cost
 from hunyuan_train.data.loader import BucketLoader
 from hunyuan_train.data.mixture import Cell, cells_of
-from hunyuan_train.data.online import OnlineStore
 from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.store import LatentStore, SampleStore
-from hunyuan_train.encoders.text import build_text_encoder
 from hunyuan_train.engine.footprint import footprint
 from hunyuan_train.engine.inputs import check_stills
-from hunyuan_train.engine.precompute import build_latent_encoder
+from hunyuan_train.engine.serving import build_online, open_service
 from hunyuan_train.memory.config import Recompute
 from hunyuan_train.memory.estimate import Shards, max_tokens
 from hunyuan_train.parallel.mesh import Axes
@@ -34,31 +32,15 @@ QUARANTINE_NAME = "quarantine.jsonl"
 
 def open_data(cfg: RunConfig, world: World) -> dict[str, SampleStore]:
     """Open what a run draws from, by source name: latent stores, or clips to encode."""
+    if cfg.data.encode is Encode.ahead:
+        return open_stores(cfg)
+    store: SampleStore
     if cfg.data.encode is Encode.online:
-        return {"": open_online(cfg, world)}
-    return open_stores(cfg)
-
-
-def open_online(cfg: RunConfig, world: World) -> OnlineStore:
-    """Open the clips of ``data.source`` for encoding while training goes on.
-
-    Raises:
-        ValueError: a setting is missing, the encoders cannot be loaded, or no clip is usable.
-    """
-    if not cfg.run.vae:
-        raise ValueError(
-            "run.vae is empty, and data.encode=online encodes with it; set it to the folder of the "
-            "VAE (config.json, model.safetensors)"
-        )
-    if cfg.data.sources:
-        raise ValueError(
-            "data.sources mixes latent stores, and data.encode=online has none; use data.source, "
-            "or precompute each source and set data.encode=ahead"
-        )
-    text = build_text_encoder(cfg.text, world.device)
-    store = OnlineStore(cfg.data, build_latent_encoder(cfg.run.vae, world.device), text)
+        store = build_online(cfg, world.device)
+    else:
+        store = open_service(cfg, world)
     check_store(cfg, store, cfg.data.source)
-    return store
+    return {"": store}
 
 
 def open_stores(cfg: RunConfig) -> dict[str, SampleStore]:

@@ -51,7 +51,7 @@ FREE_TO_CHANGE = (
         f"data.{field}"
         for field in (
             "workers", "worker_timeout_s", "prefetch_gib", "retries", "local_cache", "verify",
-            "max_bad_share",
+            "max_bad_share", "service.",
         )
     ),
     *(
@@ -101,7 +101,10 @@ def train(cfg: RunConfig, world: World, preemption: Preemption) -> Outcome:
         clock.lap("build")
         log.info("%s", run.state.loader.describe())
         with StepMeter(run) as meter, Supervision(run, heart, clock) as watch, evaluation:
-            outcome = run_steps(run, meter, watch, evaluation, preemption)
+            try:
+                outcome = run_steps(run, meter, watch, evaluation, preemption)
+            finally:
+                run.state.loader.end()
             if outcome is Outcome.DONE and cfg.stage.trains is Trains.vae:
                 with watch.heart.phase("save"):
                     export_vae(run)

@@ -151,5 +151,9 @@ class StepMeter:
             "excluded_samples": run.state.loader.excluded,
             "balance": sum(self._balance) / len(self._balance),
         }
+        counts = run.state.loader.service_counts()
+        if counts:
+            own = torch.tensor(list(counts.values()), dtype=torch.float64).to(run.world.device)
+            row |= dict(zip(counts, run.state.model.axes.sum(own, "dp"), strict=True))
         self._steps, self._balance = [], []
         self._progress.show(run.state.step, self._logger.emit(run.state.step, row))

@@ -149,11 +149,15 @@ def plan_data(cfg: RunConfig, ranks: int) -> DataPlan:
 def _open(cfg: RunConfig) -> tuple[dict[str, SampleStore], str, list[Path]]:
     """Return the stores, where the samples were counted, and the lists of left-out files."""
     data = cfg.data
-    online = data.encode == Encode.online
+    online = data.encode != Encode.ahead
     if not data.sources and data.source and (online or not _has_store(data.latents)):
         index = Index.open(scan.index_sources(data, cfg.text.length))
         store = cast(SampleStore, _Scanned("", index))  # the planner reads name and index alone
-        why = "data.encode=online" if online else f"no store in data.latents={data.latents} yet"
+        why = (
+            f"data.encode={data.encode}"
+            if online
+            else f"no store in data.latents={data.latents} yet"
+        )
         origin = f"{len(index)} samples in the clips of data.source={data.source} ({why})"
         return {"": store}, origin, [Path(data.latents) / scan.FOLDER / scan.QUARANTINE]
     stores = open_stores(cfg)

@@ -101,13 +101,13 @@ class Worker:
         return known["sha256"] if same and stat.st_mtime_ns + _RACY_NS < known["hashed_ns"] else ""
 
     def _key(self, source: Source, digest: str) -> str:
-        return key_of(digest, source.path.suffix.lower(), self.config_hash)
+        return source_key(digest, source.path.suffix, self.config_hash)
 
     def text_key(self, caption: str, media: str, picture: str = "") -> str:
         """Name the features of a caption, with a picture if the encoder is shown one."""
-        kind = {"pipeline": PIPELINE, "storage_dtype": str(self.cfg.storage_dtype)}
-        seen = [picture] if picture else []
-        return key_of(self.text.fingerprint, kind, media, caption, *seen)
+        return text_key(
+            self.text.fingerprint, str(self.cfg.storage_dtype), caption, media, picture
+        )
 
     def picture(self, key: str, bucket: Bucket) -> str:
         """Name the first frame of a sample, if the text encoder is shown it; else empty.
@@ -305,3 +305,20 @@ def config_hash(cfg: DataConfig, vae_fingerprint: str) -> str:
             "vae": vae_fingerprint,
         }
     )
+
+
+def source_key(digest: str, suffix: str, config: str) -> str:
+    """Name the latents of a file by the SHA-256 of its bytes, suffix and :func:`config_hash`."""
+    return key_of(digest, suffix.lower(), config)
+
+
+def text_key(
+    fingerprint: str, storage_dtype: str, caption: str, media: str, picture: str = ""
+) -> str:
+    """Name the features of a caption by the text encoder's fingerprint and how they are stored.
+
+    Those of an encoder that is shown a picture depend on that too.
+    """
+    kind = {"pipeline": PIPELINE, "storage_dtype": storage_dtype}
+    seen = [picture] if picture else []
+    return key_of(fingerprint, kind, media, caption, *seen)

@@ -60,6 +60,11 @@ class Job:
         for process in self._ranks:
             process.start()
 
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, in their order."""
+        return [process.pid for process in self._ranks]
+
     def running(self) -> bool:
         """Whether any rank still is."""
         return any(process.is_alive() for process in self._ranks)
