@@ -11,8 +11,8 @@ import torch
 from hunyuan_train.models.hunyuan.config import HunyuanConfig
 from hunyuan_train.models.hunyuan.state_dict import diffusers_config, hunyuan_links
 from hunyuan_train.models.spec import KeyLink, identity_link
-from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.build import build_vae
+from hunyuan_train.models.vae.config import VaeConfig
 from hunyuan_train.models.vae.state_dict import config_to_released
 
 

@@ -1,7 +1,7 @@
 """Samples of one bucket put side by side into a micro-batch."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.quarantine import Reason, SampleError
-from hunyuan_train.data.store import Sample, SampleStore, StoreMeta, Text
+from hunyuan_train.data.store import RowStore, Sample, SampleStore, StoreMeta, Text
 from hunyuan_train.runtime.seed import keyed_generator
 
 
@@ -111,21 +111,21 @@ class Batch:
             self.pooled[place] = self.empty_pooled
 
 
-def new_batch(store: SampleStore, bucket: Bucket, size: int, weight: float) -> MicroBatch:
+def new_batch(store: RowStore, bucket: Bucket, size: int, weight: float) -> MicroBatch:
     """Return a batch with room for ``size`` samples of ``store``, to be filled in place."""
     if isinstance(store, OwnBatches):
         return store.empty_batch(bucket, size, weight)
-    return empty_batch(store, bucket, size, weight)
+    return empty_batch(cast(SampleStore, store), bucket, size, weight)
 
 
-def bytes_of_batch(store: SampleStore, bucket: Bucket, size: int) -> int:
+def bytes_of_batch(store: RowStore, bucket: Bucket, size: int) -> int:
     """Return the memory of a batch of ``store``, but for its names."""
     if isinstance(store, OwnBatches):
         return store.batch_bytes(bucket, size)
     return batch_bytes(store.meta, bucket, size)
 
 
-def check_any(store: SampleStore, sample: Any, row: SampleRow) -> None:
+def check_any(store: RowStore, sample: Any, row: SampleRow) -> None:
     """Check that a sample of ``store`` has the shapes of its bucket.
 
     Raises:

@@ -10,7 +10,7 @@ from hunyuan_train.data.collate import MicroBatch, check_any, choose_caption
 from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.index import SampleRow
 from hunyuan_train.data.quarantine import SampleError
-from hunyuan_train.data.store import Sample, SampleStore
+from hunyuan_train.data.store import RowStore, Sample, SampleStore
 from hunyuan_train.data.workers import ProcessWorkers, ThreadWorkers, Workers
 
 
@@ -65,7 +65,7 @@ class Fetcher:
         cfg: Number of workers, and the time they have for one sample.
     """
 
-    def __init__(self, stores: Sequence[SampleStore], cfg: DataConfig) -> None:
+    def __init__(self, stores: Sequence[RowStore], cfg: DataConfig) -> None:
         self._stores = stores
         self._workers: list[Workers] = []
         threads: ThreadWorkers | None = None

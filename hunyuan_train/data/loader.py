@@ -22,7 +22,7 @@ from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.quarantine import Reason, SampleError
 from hunyuan_train.data.reader import LoadedStep, LoadedUnit, StepReader
 from hunyuan_train.data.service_store import ServiceStore
-from hunyuan_train.data.store import SampleStore
+from hunyuan_train.data.store import RowStore
 
 _MIN_SAMPLES = 100
 """Samples after which data.max_bad_share is compared; before, one bad sample would be too many."""
@@ -59,7 +59,7 @@ class BucketLoader:
 
     def __init__(
         self,
-        stores: Sequence[SampleStore],
+        stores: Sequence[RowStore],
         planner: StepPlanner,
         cfg: DataConfig,
         seed: int,

@@ -8,7 +8,7 @@ import numpy as np
 
 from hunyuan_train.data.buckets import Bucket
 from hunyuan_train.data.config import DataConfig
-from hunyuan_train.data.store import SampleStore
+from hunyuan_train.data.store import RowStore
 
 _SWEEPS = 5000
 _CLOSE = 1e-6
@@ -48,7 +48,7 @@ class Cell:
         return self.count * self.repeat
 
 
-def cells_of(stores: Sequence[SampleStore], cfg: DataConfig) -> list[Cell]:
+def cells_of(stores: Sequence[RowStore], cfg: DataConfig) -> list[Cell]:
     """Return the cells that ``data.train_anchors`` and ``data.train_durations`` select, by name.
 
     Raises:

@@ -13,7 +13,7 @@ from hunyuan_train.data.config import DataConfig
 from hunyuan_train.data.fetch import Fetcher, Request
 from hunyuan_train.data.planner import StepPlanner
 from hunyuan_train.data.quarantine import SampleError
-from hunyuan_train.data.store import SampleStore
+from hunyuan_train.data.store import RowStore
 
 _MOST_READY = 8
 """Updates that may wait to be taken."""
@@ -85,7 +85,7 @@ class StepReader:
 
     def __init__(
         self,
-        stores: Sequence[SampleStore],
+        stores: Sequence[RowStore],
         planner: StepPlanner,
         cfg: DataConfig,
         seed: int,

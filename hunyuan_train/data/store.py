@@ -79,13 +79,17 @@ class StoreMeta:
         return num_stills(self.condition_frames, bucket.frames)
 
 
-class SampleStore(Protocol):
-    """What planner, loader and collate need of a store; safe to use from several threads."""
+class RowStore(Protocol):
+    """What planner and loader need of a store, whatever its samples are made of."""
 
     name: str
     """Key in data.sources; empty for a single store."""
     meta: StoreMeta
     index: Index
+
+
+class SampleStore(RowStore, Protocol):
+    """A store of latents and text; safe to use from several threads."""
 
     def load(self, number: int, variant: int) -> Sample:
         """Read row ``number`` with its caption ``variant``, counted from 0.

@@ -105,9 +105,7 @@ class Worker:
 
     def text_key(self, caption: str, media: str, picture: str = "") -> str:
         """Name the features of a caption, with a picture if the encoder is shown one."""
-        return text_key(
-            self.text.fingerprint, str(self.cfg.storage_dtype), caption, media, picture
-        )
+        return text_key(self.text.fingerprint, str(self.cfg.storage_dtype), caption, media, picture)
 
     def picture(self, key: str, bucket: Bucket) -> str:
         """Name the first frame of a sample, if the text encoder is shown it; else empty.

@@ -6,7 +6,8 @@ the discriminator is in memory while the VAE's backward runs, and the gradients 
 of the other terms can be weighed where both are plain tensors, in every layout alike.
 """
 
-from collections.abc import Mapping
+import json
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, cast
 
@@ -109,7 +110,7 @@ class Reconstruction:
         sums = self._axes.sum(self._sums, "dp")
         means = sums[:-1] / sums[-1].clamp(min=1)
         self._sums = self._no_sums()
-        terms = dict(zip(TERMS, means.unbind(), strict=True))
+        terms: dict[str, Tensor] = dict(zip(TERMS, means.unbind(), strict=True))
         name = self.perceptual.name
         terms[name] = terms.pop("perceptual")
         if not self._cfg.vae_loss.perceptual:
@@ -187,29 +188,24 @@ def cut_size(height: int, width: int, cfg: VaeTrainingConfig) -> tuple[int, int]
     return min(height, most), min(width, most)
 
 
-def frozen(cfg: RunConfig) -> tuple[tuple[str, Any], ...]:
+def frozen(cfg: RunConfig) -> str:
     """Return the VAE's config as something that can be a key."""
-    fields: Mapping[str, Any] = {
-        name: getattr(cfg.vae, name) for name in cfg.vae.__dataclass_fields__
-    }
-    return tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in fields.items())
+    return json.dumps(asdict(cfg.vae))
 
 
 @lru_cache(maxsize=512)
-def forward_flops(vae: tuple[tuple[str, Any], ...], frames: int, height: int, width: int) -> int:
+def forward_flops(vae: str, frames: int, height: int, width: int) -> int:
     """Count the multiply-adds, twice each, of one sample through encoder and decoder, untiled.
 
     Args:
-        vae: Fields of its config.
+        vae: What :func:`frozen` returned.
         frames: Pixel frames.
         height: In pixels.
         width: In pixels.
     """
-    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in vae}
-    fields |= {"tile_spatial": False, "tile_temporal": False}
     with torch.device("meta"), torch.no_grad():
-        model = build_vae(VaeConfig(**fields))
+        model = build_vae(VaeConfig(**json.loads(vae)))
         pixels = torch.zeros(1, 3, frames, height, width)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, model.tiling(on=False):
             model.decode(model.encode(pixels).mode())
     return counter.get_total_flops()
