@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -141,7 +142,7 @@ def decode_clip(
     height, width = (side * vae.cfg.spatial_ratio for side in area)
     batch = _use_memory(vae, (count, height, width), free_bytes, decode=True)
     fps = float(reader.metadata.get("fps", 24.0))
-    with Mp4Writer(output, round(fps)) as writer:
+    with Mp4Writer(output, Fraction(fps).limit_denominator(1001)) as writer:
         for pixels in _pixels(vae, reader):
             writer.add(pixels[0])
             if progress is not None:

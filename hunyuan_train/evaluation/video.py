@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -68,7 +69,9 @@ def write_mp4(
 class Mp4Writer:
     """Writes an mp4 piece by piece; see :func:`write_mp4`."""
 
-    def __init__(self, path: Path | str, fps: int, crf: int = 18, codec: str | None = None) -> None:
+    def __init__(
+        self, path: Path | str, fps: int | Fraction, crf: int = 18, codec: str | None = None
+    ) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self._path.with_name(f"{self._path.name}.partial")

@@ -99,6 +99,8 @@ def test_verbs_there_and_back(clip, folder, tmp_path, capsys):
     assert "17 frames of 32 x 48 at 6 per second" in capsys.readouterr().out
     video = read_video(back)
     assert video.shape == (3, 17, 32, 48)
+    with VideoReader(back) as reader:
+        assert reader.info.fps == 6
     stored = load_file(latents)["mean"]
     assert stored.dtype == torch.float16
     with torch.no_grad():
@@ -118,6 +120,16 @@ def test_the_strictly_causal_vae_takes_the_whole_clip(clip, tmp_path):
     assert load_file(out)["mean"].shape == (4, 3, 3, 4)
     assert main(["decode", given[0], f"input={out}", f"output={back}"]) == 0
     assert read_video(back).shape == (3, 9, 48, 64)
+
+
+@pytest.mark.parametrize("fps", ["29.97", "0.5"])
+def test_frame_rates_that_are_no_whole_numbers(folder, tmp_path, fps):
+    path, back = tmp_path / "l.safetensors", tmp_path / "back.mp4"
+    with LatentWriter(path, (4, 3, 2, 4), torch.float32, {"fps": fps}) as writer:
+        writer.add(torch.zeros(4, 3, 2, 4), torch.zeros(4, 3, 2, 4))
+    assert main(["decode", f"run.vae={folder}", f"input={path}", f"output={back}"]) == 0
+    with VideoReader(back) as reader:
+        assert reader.info.fps == pytest.approx(float(fps), rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.again)])
 @pytest.mark.parametrize("decode", [False, True], ids=["encode", "decode"])
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_prediction(kind, decode, batch):

@@ -34,7 +34,7 @@ def video(*shape: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize("batch", [3, pytest.param(100, marks=pytest.mark.again)])
 def test_tiles_together(batch):
     vae, pixels = new_vae(), video(2, 3, 25, 56, 80)
     sizes: list[int] = []
@@ -88,7 +88,9 @@ def test_dear_tiles_are_dealt_first():
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 9, 16 - 3, 17, 21, 25, 37, 61])
-@pytest.mark.parametrize("piece", [1, 7, 100])
+@pytest.mark.parametrize(
+    "piece", [1, *(pytest.param(n, marks=pytest.mark.again) for n in (7, 100))]
+)
 def test_a_stream_is_the_clip(frames, piece):
     vae = new_vae()
     pixels = (video(1, 3, frames, 40, 32) + 1).mul(127).byte()
