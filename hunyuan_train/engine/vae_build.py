@@ -99,7 +99,7 @@ def lay_out_vae(cfg: RunConfig, axes: Axes, device: torch.device) -> ParallelMod
         cast(Vae, model.module).split = split
     if not cfg.parallel.zero_stage:
         # 10 to 40 % faster convolutions on a CPU; the values are the same.
-        model.module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+        cast(Vae, model.module).channels_last()
     return model
 
 
