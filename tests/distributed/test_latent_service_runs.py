@@ -20,7 +20,8 @@ SHAPE = [
     "data.max_batch=1", "data.global_samples=4", "data.storage_dtype=float32", "stage.steps=14",
     "data.workers=1", "data.prefetch_gib=0.0001",
 ]  # fmt: skip
-SERVICE = ["data.encode=service", "data.service.cache_gib=0", "data.service.in_flight=2"]
+SERVICE = ["data.encode=service", "data.service.cache_gib=0", "data.service.in_flight=2",
+           "data.service.nice=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def done_steps(run: Path) -> int:
 
 
 def until(what: Callable[[], bool], job: Job) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not what():
         assert job.running(), job.said()[-3000:]
         assert time.monotonic() < deadline, job.said()[-3000:]

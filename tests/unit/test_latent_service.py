@@ -203,8 +203,10 @@ def test_the_cache_keeps_what_was_used_last_and_finds_torn_files(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"storage_dtype": "float32"}, {"condition_frames": ["first", "last"]}],
-    ids=["float32", "stills"],
+    [
+        pytest.param({"storage_dtype": "float32"}, id="float32"),
+        pytest.param({"condition_frames": ["first", "last"]}, id="stills", marks=pytest.mark.again),
+    ],
 )
 def test_samples_are_those_of_precompute_first_and_second_time(service, clips, tmp_path, settings):
     cfg = config(clips, tmp_path / "ahead", **settings)
