@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name[0] != "_")
 NEEDS = {"vs_diffusers": "diffusers", "long_clip": "diffusers"}
 """Packages without which a script has nothing to measure."""
-REPEATS = ("mixed_scale", "curriculum_kills", "latent_service")
+REPEATS = ("mixed_scale", "curriculum_kills", "latent_service", "vae_training")
 """Scripts that run a part of what another script or test does."""
 
 
