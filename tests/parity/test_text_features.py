@@ -32,7 +32,7 @@ CAPTIONS = [
     " ".join(["size"] * 40),  # longer than MAX_LENGTH
 ]
 CLOSE = {"rtol": 0, "atol": 2e-6}
-"""Less padding rounds otherwise; measured 5e-7."""
+"""Less padding rounds otherwise."""
 MAX_LENGTH = 24
 TEXT_DIM, POOLED_DIM = 32, 24
 
