@@ -14,6 +14,10 @@ log = logging.getLogger(__name__)
 
 VAE_RUN = "vae-training"
 """Folder of the VAE's training below ``run.dir``."""
+_UNSEEN = 4
+"""Clips, and as many images, on which the VAE is measured and shown."""
+_AT_END = 1_000_000_000
+"""Updates between two measurements: there is one, after the last update."""
 
 
 class Stopwatch:
@@ -56,11 +60,23 @@ def make_data(cfg: RunConfig, arguments: Sequence[str], watch: Stopwatch) -> lis
     found.append(f"run.vae={folder / 'vae'}")
     fields = [*arguments, *found]
 
+    unseen = folder / "vae-held-out"
+
     def draw() -> None:
         write_shapes_dataset(clips, demo.num_clips, demo.num_images, cfg.run.seed)
+        write_shapes_dataset(unseen, _UNSEEN, _UNSEEN, cfg.run.seed + 1)
 
     watch.run("draw clips", draw)
-    own = [*fields, "stage=demo_vae", f"run.dir={folder / VAE_RUN}", f"run.name={VAE_RUN}"]
+    own = [
+        *fields,
+        "stage=demo_vae",
+        f"run.dir={folder / VAE_RUN}",
+        f"run.name={VAE_RUN}",
+        f"evaluation.clips={unseen}",
+        f"evaluation.every_steps={_AT_END}",
+        f"evaluation.sample_every={_AT_END}",
+        "evaluation.samples_per_bucket=2",
+    ]
     watch.run("train the VAE", lambda: run_ranks("train", [*own, "run.threads=2"], 1))
     watch.run("precompute", lambda: run_ranks("precompute", fields, demo.ranks))
     return found
