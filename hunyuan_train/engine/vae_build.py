@@ -78,6 +78,13 @@ def check_vae_layout(cfg: RunConfig) -> None:
         ),
         (not cfg.data.max_tokens, "data.max_tokens=0", "the tokens that fit, like 256"),
     ]
+    chosen = cfg.evaluation
+    if (chosen.every_steps or chosen.sample_every) and not chosen.clips:
+        raise ValueError(
+            f"evaluation.every_steps={chosen.every_steps} and evaluation.sample_every="
+            f"{chosen.sample_every} of a stage that trains the VAE need evaluation.clips; give it "
+            "a folder of held-out clips and images, or set both to 0"
+        )
     for wrong, what, right in refused:
         if wrong:
             raise ValueError(

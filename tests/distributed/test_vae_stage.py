@@ -200,6 +200,7 @@ def test_a_phase_with_tiles_starts_from_the_one_before(clips: Path, single: Path
         ("data.max_tokens=0", "cannot be combined with data.max_tokens=0"),
         ("vae_training.crop_px=20", "vae_training.crop_px=20 must be a multiple of 8"),
         ("data.source=", "data.source is empty"),
+        ("evaluation={every_steps:2,latents:there}", "need evaluation.clips"),
     ],
 )
 def test_what_does_not_suit_a_vae_is_one_sentence(
