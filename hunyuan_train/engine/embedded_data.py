@@ -77,6 +77,6 @@ def make_data(cfg: RunConfig, arguments: Sequence[str], watch: Stopwatch) -> lis
         f"evaluation.sample_every={_AT_END}",
         "evaluation.samples_per_bucket=2",
     ]
-    watch.run("train the VAE", lambda: run_ranks("train", [*own, "run.threads=2"], 1))
+    watch.run("train the VAE", lambda: run_ranks("train", [*own, "run.threads=1"], 1))
     watch.run("precompute", lambda: run_ranks("precompute", fields, demo.ranks))
     return found
