@@ -1,7 +1,7 @@
 """A small VAE from nothing: how well it gives back clips it never saw, and what tiles cost it.
 
 Three runs of the ordinary command line, on the embedded shapes and, where there is one, a folder of
-real clips beside them: all terms of the loss; the absolute error alone for the same processor time;
+real clips beside them: all terms of the loss; the absolute error alone for the same time of updates;
 and from the first a phase with tiles switched on and off at random. Finished parts are kept.
 
     python benchmarks/vae_training.py --folder runs/vae-bench --steps 1700 --media ../shared/media
