@@ -1,8 +1,9 @@
 """A small VAE from nothing: how well it gives back clips it never saw, and what tiles cost it.
 
 Three runs of the ordinary command line, on the embedded shapes and, where there is one, a folder of
-real clips beside them: all terms of the loss; the absolute error alone for the same time of updates;
-and from the first a phase with tiles switched on and off at random. Finished parts are kept.
+real clips beside them: all terms of the loss; the absolute error alone for the same time of
+updates; and from the first a phase with tiles switched on and off at random. Finished parts are
+kept.
 
     python benchmarks/vae_training.py --folder runs/vae-bench --steps 1700 --media ../shared/media
 """
@@ -76,8 +77,9 @@ def measure(folder: Path, options: Namespace, clips: int) -> dict[str, Any]:
     steps, tiled_steps = options.steps, max(2, options.steps // 4)
     start = [f"vae_loss.adversarial_start={round(VERDICT_FROM * steps)}"]
     whole = part(folder / "all", options, [*ALL_TERMS, *start], steps)
-    trial = part(folder / "trial", options, ABSOLUTE, max(2, steps // 40))
-    alone_steps = round(whole["cpu_s"] / (trial["cpu_s"] / max(2, steps // 40)))
+    # Of the updates alone: what a short run takes to start would count as much.
+    trial = part(folder / "trial", options, ABSOLUTE, max(2, steps // 20))
+    alone_steps = round(steps * whole["step_s"] / trial["step_s"])
     alone = part(folder / "absolute", options, ABSOLUTE, max(2, alone_steps))
     phase = [
         f"stage.init_from={folder / 'all'}",
